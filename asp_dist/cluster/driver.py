@@ -1,0 +1,236 @@
+"""The driver of a run on a Ray cluster: starts Ray Train, shows its rows, passes signals on, and cleans up."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayError
+from ray.train import FailureConfig, Result, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+from ray.train.v2.api.exceptions import WorkerGroupError
+
+from asp_dist.cluster.control import Control, Tail
+from asp_dist.cluster.failures import ClusterError, FailureLog, describe, fatal_error, one_line
+from asp_dist.cluster.resources import Resources, check_storage, plan_resources
+from asp_dist.cluster.session import ray_session
+from asp_dist.cluster.worker import ClusterTorchConfig, Job, TrainFunction, work
+from asp_dist.config import Config
+from asp_dist.training.hooks import Stopped
+
+OnRow = Callable[[dict[str, Any]], None]
+POLL_S = 0.3
+GROUP_START_S = 60.0
+# Settings of the communication libraries that the workers take over from the driver.
+PASSED_ON = ("NCCL_", "GLOO_", "TORCH_NCCL_", "TORCH_DISTRIBUTED_", "HF_HUB_OFFLINE")
+
+
+def run(config: Config, on_row: OnRow | None = None, *, train: TrainFunction | None = None) -> dict[str, Any]:
+    """Train on a Ray cluster and return rank 0's summary.
+
+    Args:
+        config: the run; relative paths start from this process's working directory.
+        on_row: called with each new row of the run's ``metrics.jsonl``, and with an event row per failure.
+        train: what each worker runs; None: `asp_dist.training.train`.
+
+    Raises:
+        UserError: the cluster is missing or too small, a node does not see the data, or a worker found a mistake.
+        Stopped: SIGTERM, SIGINT or a preemption ended the run behind a checkpoint.
+        ClusterError: the workers failed more than ``cluster.max_failures`` times, or in a way that would repeat.
+        KeyboardInterrupt: a second SIGINT.
+    """
+    config = with_absolute_paths(config)
+    with _Signals() as signals, ray_session(config.cluster) as local:
+        signals.install()  # ray.init has set a SIGTERM handler of its own
+        needed = plan_resources(config, ray.nodes(), local=local)
+        control = Control.begin(Path(config.output.dir) / config.name)
+        try:
+            check_storage(config, control, ray.nodes(), needed)
+            signals.connect(control)
+            return _Launch(config, control, needed, on_row or (lambda row: None), train).run()
+        finally:
+            control.end()
+
+
+def with_absolute_paths(config: Config, root: str | os.PathLike[str] | None = None) -> Config:
+    """`config` with its relative paths made absolute, from `root` or this process's working directory."""
+    base = Path(root) if root is not None else Path.cwd()
+
+    def absolute(path: str) -> str:
+        return path if "://" in path else os.path.normpath(base / Path(path).expanduser())
+
+    model = config.model
+    if model.weights is not None:
+        model = dataclasses.replace(model, weights=absolute(model.weights))
+    return dataclasses.replace(
+        config,
+        model=model,
+        data=dataclasses.replace(config.data, root=absolute(config.data.root)),
+        output=dataclasses.replace(config.output, dir=absolute(config.output.dir)),
+    )
+
+
+class _Launch:
+    """One launch of Ray Train, watched from the main thread."""
+
+    def __init__(
+        self, config: Config, control: Control, needed: Resources, on_row: OnRow, train: TrainFunction | None
+    ) -> None:
+        self.config = config
+        self.control = control
+        self.needed = needed
+        self.on_row = on_row
+        self.job = Job(config, control, train)
+        self.log = str(control.run_dir / "logs")
+
+    def run(self) -> dict[str, Any]:
+        """Train, over as many controllers as die under it, and return rank 0's summary."""
+        failures = 0
+        while True:
+            try:
+                outcome = self._fit()
+                break
+            except RayActorError as error:  # the controller died; the checkpoints are the run's own
+                failures += 1
+                if 0 <= self.config.cluster.max_failures < failures:
+                    raise ClusterError(f"Ray Train's controller died {failures} times: {one_line(error)}") from error
+                self._event("Ray Train's controller died; starting another, from the last checkpoint")
+        if "stopped" in outcome:
+            raise Stopped(*outcome["stopped"])
+        if "fatal" in outcome:
+            raise fatal_error(outcome["fatal"], self.log)
+        summary: dict[str, Any] = outcome["summary"]
+        return summary
+
+    def _fit(self) -> dict[str, Any]:
+        """Run Ray Train in a thread, where it leaves SIGINT alone, and show what happens meanwhile."""
+        box: dict[str, Any] = {}
+
+        def fit() -> None:
+            try:
+                box["result"] = self._trainer().fit()
+            except BaseException as error:
+                box["error"] = error
+
+        logging.getLogger("ray.train").setLevel(logging.ERROR)
+        logging.getLogger("ray.tune").setLevel(logging.ERROR)
+        tails = [Tail(self.control.run_dir / "metrics.jsonl"), Tail(self.control.folder / "failures")]
+        thread = threading.Thread(target=fit, name="ray-train", daemon=True)
+        thread.start()
+        while thread.is_alive():
+            thread.join(POLL_S)
+            self._show(tails)
+            fatal = self.control.fatal()
+            if fatal is not None:
+                time.sleep(POLL_S)
+                raise fatal_error(fatal, self.log)
+        self._show(tails)
+        if "error" in box:
+            raise self._explain(box["error"])
+        result: Result = box["result"]
+        outcome: dict[str, Any] = result.return_value
+        return outcome
+
+    def _trainer(self) -> TorchTrainer:
+        cluster, needed = self.config.cluster, self.needed
+        elastic = needed.min_workers < needed.workers
+        environment = {k: v for k, v in os.environ.items() if k.startswith(PASSED_ON)}
+        return TorchTrainer(
+            work,
+            train_loop_config=self.job,  # handed to `work` as it is
+            torch_config=ClusterTorchConfig(
+                backend="cpu:gloo,cuda:nccl" if needed.gpus else "gloo", timeout_s=math.ceil(cluster.timeout_s)
+            ),
+            scaling_config=ScalingConfig(
+                num_workers=(needed.min_workers, needed.workers) if elastic else needed.workers,
+                use_gpu=needed.gpus > 0,
+                resources_per_worker=needed.per_worker(),
+            ),
+            run_config=RunConfig(
+                name=f"ray-{self.control.launch}",
+                storage_path=str(self.control.folder),
+                failure_config=FailureConfig(
+                    max_failures=cluster.max_failures,
+                    # A group that cannot start waits for a node to come back, as long as a collective would wait.
+                    controller_failure_limit=math.ceil(cluster.timeout_s / GROUP_START_S),
+                ),
+                callbacks=[FailureLog(self.control)],
+                worker_runtime_env={"env_vars": environment} if environment else None,
+            ),
+        )
+
+    def _show(self, tails: list[Tail]) -> None:
+        for tail in tails:
+            for row in tail.poll():
+                self.on_row(row)
+
+    def _event(self, message: str) -> None:
+        self.on_row({"kind": "event", "event": "failure", "time": time.time(), "message": message})
+
+    def _explain(self, error: BaseException) -> BaseException:
+        if isinstance(error, RayActorError):
+            return error
+        if isinstance(error, WorkerGroupError):
+            limit = self.config.cluster.max_failures
+            return ClusterError(
+                f"the workers failed more often than cluster.max_failures = {limit} allows; the last time, "
+                f"{describe(error.worker_failures)} (logs: {self.log})",
+                str(error),
+            )
+        if isinstance(error, (RayError, RuntimeError)):
+            cause = getattr(error, "controller_failure", error)
+            return ClusterError(f"Ray Train failed: {one_line(cause)} (logs: {self.log})", str(error))
+        return error
+
+
+class _Signals:
+    """SIGTERM and SIGINT ask the workers to stop behind a checkpoint; a second SIGINT ends the driver at once."""
+
+    def __init__(self) -> None:
+        self._reason: str | None = None
+        self._control: Control | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> _Signals:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.getsignal(number)
+            self.install()
+        return self
+
+    def install(self) -> None:
+        """Set the handlers, if this is the main thread."""
+        for number in self._before:
+            signal.signal(number, self._handle)
+
+    def connect(self, control: Control) -> None:
+        """Send requests to the workers from now on, the ones that came already included."""
+        self._control = control
+        if self._reason is not None:
+            control.request_stop(self._reason)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        if name == self._reason == "SIGINT":
+            raise KeyboardInterrupt
+        self._reason = name
+        if self._control is not None:
+            self._control.request_stop(name)
+        print(f"{name}: stopping behind a checkpoint; a second SIGINT stops at once", file=sys.stderr, flush=True)

@@ -1,0 +1,89 @@
+"""What went wrong in the workers, said in one line."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+from ray.exceptions import ActorDiedError, OutOfMemoryError, RayActorError, RayError
+from ray.train import UserCallback
+
+from asp_dist.cluster.control import Control
+from asp_dist.config import UserError
+
+# What the other ranks say when one has died.
+COLLATERAL = ("connection closed by peer", "connection reset", "broken pipe", "socket timeout", "ncclremoteerror")
+
+
+class ClusterError(RuntimeError):
+    """The run failed on the cluster. `details` holds the worker's traceback, for ``--debug``."""
+
+    def __init__(self, message: str, details: str = "") -> None:
+        super().__init__(message)
+        self.details = details
+
+
+class FailureLog(UserCallback):
+    """Writes a line for each failed worker group to the control files. Lives in Ray Train's controller."""
+
+    def __init__(self, control: Control) -> None:
+        self._control = control
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Append the failure's cause."""
+        record = {"kind": "event", "event": "failure", "time": time.time(), "message": describe(worker_exceptions)}
+        with (self._control.folder / "failures").open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+def describe(failures: dict[int, Exception]) -> str:
+    """The cause among the ranks' exceptions: one line that names the rank.
+
+    When one rank dies, the others fail in their collectives; those are named only if nothing better is known.
+    """
+    if not failures:
+        return "the workers failed"
+    rank, error = min(failures.items(), key=lambda item: (_collateral(_unwrap(item[1])), item[0]))
+    return f"worker {rank}: {one_line(_unwrap(error))}"
+
+
+def one_line(error: BaseException) -> str:
+    """The exception's type and message, without traceback and in one line."""
+    if isinstance(error, OutOfMemoryError):
+        return "was killed because its machine ran out of memory (fewer cluster.num_workers per node would help)"
+    if isinstance(error, (ActorDiedError, RayActorError)):
+        text = " ".join(str(error).split())
+        node = text.partition("node_ip: ")[2].partition(" ")[0]
+        return "its process died" + (f" on node {node}" if node else "") + _cause_of_death(text)
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1] if isinstance(error, RayError) and lines else ' '.join(lines)}"
+
+
+def _cause_of_death(text: str) -> str:
+    lowered = text.lower()
+    if "node" in lowered and ("died" in lowered or "dead" in lowered) and "node failure" in lowered:
+        return " with its node"
+    if "out of memory" in lowered or "oom" in lowered:
+        return ", perhaps for lack of memory"
+    if "sigkill" in lowered or "signal 9" in lowered:
+        return " (SIGKILL)"
+    return ""
+
+
+def fatal_error(record: dict[str, Any], log: str) -> Exception:
+    """The exception that ends the driver for the error that a worker recorded."""
+    if record["user"]:
+        return UserError(record["message"])
+    place = f"worker {record['rank']} on {record['node']}"
+    return ClusterError(f"{place}: {record['type']}: {record['message']} (log: {log})", record["traceback"])
+
+
+def _unwrap(error: BaseException) -> BaseException:
+    """The exception inside Ray Train's wrapper."""
+    inner = getattr(error, "_base_exc", None) or getattr(error, "health_check_failure", None)
+    return _unwrap(inner) if isinstance(inner, BaseException) else error
+
+
+def _collateral(error: BaseException) -> bool:
+    return any(words in str(error).lower() for words in COLLATERAL)

@@ -1,0 +1,114 @@
+"""What a run needs of a cluster and what is there: checked before anything starts, so that nothing waits for ever."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from asp_dist.cluster.control import Control
+from asp_dist.config import Config, UserError, check
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What is reserved for the workers.
+
+    Args:
+        workers: largest number of workers.
+        min_workers: smallest number of workers.
+        cpus: CPUs per worker.
+        gpus: GPUs per worker.
+    """
+
+    workers: int
+    min_workers: int
+    cpus: float
+    gpus: int
+
+    def per_worker(self) -> dict[str, float]:
+        """In Ray's names. A worker with a GPU would reserve no CPU, had the CPUs not been named."""
+        return {"CPU": self.cpus, "GPU": self.gpus} if self.gpus else {"CPU": self.cpus}
+
+
+def plan_resources(config: Config, nodes: list[dict[str, Any]], *, local: bool) -> Resources:
+    """Decide what each worker gets and check that the cluster has it.
+
+    Args:
+        config: the run.
+        nodes: ``ray.nodes()``.
+        local: whether the cluster is this machine's own, to be shared out among the workers.
+
+    Raises:
+        UserError: the cluster cannot hold the workers; the message says what is there and what was asked.
+    """
+    there = [node["Resources"] for node in nodes if node["Alive"]]
+    cpus_there = sum(node.get("CPU", 0) for node in there)
+    gpus_there = sum(node.get("GPU", 0) for node in there)
+    cluster = config.cluster
+    gpus = cluster.gpus_per_worker
+    if gpus is None:
+        gpus = 1 if gpus_there and config.training.device != "cpu" else 0
+    check(
+        gpus > 0 or config.training.device != "cuda",
+        f"training.device = cuda, but the cluster has {gpus_there:g} GPUs and cluster.gpus_per_worker = "
+        f"{cluster.gpus_per_worker}: use training.device=cpu or a cluster with GPUs",
+    )
+    cpus = cluster.cpus_per_worker
+    if cpus is None:
+        cpus = max(1, cpus_there // cluster.num_workers) if local else 1
+    needed = Resources(cluster.num_workers, cluster.min_workers or cluster.num_workers, float(cpus), gpus)
+    room = sum(_room(node, needed) for node in there)
+    if room >= needed.min_workers:
+        return needed
+    asked = f"{needed.min_workers} x {needed.cpus:g} CPU" + (f" and {gpus} GPU" if gpus else "")
+    raise UserError(
+        f"cluster.num_workers = {needed.workers} asks for {asked}, but the cluster has {cpus_there:g} CPU and "
+        f"{gpus_there:g} GPU on {len(there)} node(s), room for {room} such worker(s): "
+        "lower cluster.num_workers, cluster.cpus_per_worker or cluster.gpus_per_worker, or add nodes"
+    )
+
+
+def _room(node: dict[str, float], needed: Resources) -> int:
+    """How many such workers fit on the node."""
+    shares = [node.get(name, 0) / amount for name, amount in needed.per_worker().items() if amount > 0]
+    return math.floor(min(shares) + 1e-9)
+
+
+def check_storage(config: Config, control: Control, nodes: list[dict[str, Any]], needed: Resources) -> None:
+    """Check that every node that may hold a worker sees the data and the output folder.
+
+    Raises:
+        UserError: a node does not; the message names it and the folder.
+    """
+    usable = [node for node in nodes if node["Alive"] and _room(node["Resources"], needed)]
+    data = None if config.data.backend == "synthetic" else config.data.root
+    here = ray.get_runtime_context().get_node_id()
+    look = ray.remote(num_cpus=0, max_retries=0)(_missing_folders)
+    pending = {
+        node["NodeManagerAddress"]: look.options(
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        ).remote(data, control)
+        for node in usable
+        if node["NodeID"] != here
+    }
+    for address, answer in pending.items():
+        missing = ray.get(answer, timeout=120)
+        check(
+            not missing,
+            f"node {address} does not see {' and '.join(missing)}: every node needs them under the same path, "
+            "on shared storage (set data.root and output.dir to a folder that all nodes mount)",
+        )
+
+
+def _missing_folders(data: str | None, control: Control) -> list[str]:
+    missing = []
+    if data is not None and not Path(data).exists():
+        missing.append(f"the data folder {data}")
+    if not control.visible():
+        missing.append(f"the output folder {control.run_dir}")
+    return missing

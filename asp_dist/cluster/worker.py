@@ -1,0 +1,198 @@
+"""What runs in each Ray Train worker: the trainer, with hooks that reach the driver and Ray."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import socket
+import struct
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import torch
+from ray.train.torch import TorchConfig, get_device
+from ray.train.torch.config import _TorchBackend
+
+from asp_dist.cluster.control import Control
+from asp_dist.config import Config, UserError
+from asp_dist.training.hooks import Hooks, Stopped
+from asp_dist.training.world import World
+
+TrainFunction = Callable[[Config, World, Hooks], dict[str, Any]]
+
+# Errors that a restart from the last checkpoint would only repeat.
+FATAL = (ValueError, TypeError, LookupError, AttributeError, NameError, ImportError, AssertionError, ArithmeticError)
+POLL_S = 0.5
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the driver sends to each worker.
+
+    Args:
+        config: the run, with absolute paths.
+        control: the launch's control files.
+        train: the train function; None: the project's own trainer.
+    """
+
+    config: Config
+    control: Control
+    train: TrainFunction | None = None
+
+
+class RayHooks(Hooks):
+    """Reports to Ray Train's controller, and polls the driver's stop file and Ray's preemption notices."""
+
+    def __init__(self, control: Control) -> None:
+        self._control = control
+        self._next_poll = 0.0
+        self._reason: str | None = None
+
+    def report(self, metrics: dict[str, Any]) -> None:
+        """Hand the metrics to the controller, as plain numbers and strings."""
+        plain = {k: v if isinstance(v, (str, bool)) else float(v) for k, v in metrics.items() if v is not None}
+        ray.train.report(plain)
+
+    def stop_requested(self) -> str | None:
+        """The driver's reason, or ``preemption``; looked up twice a second at most."""
+        now = time.monotonic()
+        if self._reason is None and now >= self._next_poll:
+            self._next_poll = now + POLL_S
+            self._reason = self._control.stop_reason() or ("preemption" if _preempted() else None)
+        return self._reason
+
+
+def work(job: Job) -> dict[str, Any]:
+    """Train on this rank. Returns ``{"summary": ...}`` or ``{"stopped": [reason, step]}``.
+
+    Raises:
+        UserError: a mistake that a restart would repeat; recorded for the driver as well.
+        Exception: whatever the trainer raises; Ray Train restarts the group.
+    """
+    if not job.control.visible():
+        raise UserError(
+            f"node {socket.gethostname()} does not see the output folder {job.control.run_dir}: "
+            "set output.dir to a folder that all nodes mount"
+        )
+    fatal = job.control.fatal()
+    if fatal is not None:  # a restarted group: the driver ends the run
+        return {"fatal": fatal}
+    world = _world(job.config)
+    with ExitStack() as stack:
+        stack.enter_context(_log_file(job.control.run_dir, world.rank))
+        try:
+            if world.is_main:
+                stack.enter_context(job.control.lock())
+            train = job.train or _default_train()
+            return {"summary": train(job.config, world, RayHooks(job.control))}
+        except Stopped as stopped:
+            if stopped.reason == "preemption":
+                raise  # the controller restarts the group on the nodes that stay
+            return {"stopped": [stopped.reason, stopped.step]}
+        except FATAL as error:
+            job.control.write_fatal(
+                {
+                    "rank": world.rank,
+                    "node": socket.gethostname(),
+                    "type": type(error).__name__,
+                    "user": isinstance(error, UserError),
+                    "message": str(error),
+                    "traceback": traceback.format_exc(),
+                }
+            )
+            raise
+
+
+def _default_train() -> TrainFunction:
+    from asp_dist.training import train
+
+    return train
+
+
+def _world(config: Config) -> World:
+    context = ray.train.get_context()
+    device = get_device() if config.training.device != "cpu" else torch.device("cpu")
+    return World(context.get_world_rank(), context.get_local_rank(), context.get_world_size(), device)
+
+
+def _preempted() -> bool:
+    """Whether Ray announced that one of the group's nodes goes away.
+
+    ``ray.train.get_preemption_info`` is a barrier of all workers, too dear for every step; this reads what the
+    watcher left in this process. The trainer makes the ranks agree.
+    """
+    try:
+        from ray.train.v2._internal.execution.context import get_train_context
+
+        return get_train_context().preemption_context.preemption_info is not None
+    except (ImportError, AttributeError, RuntimeError):
+        return False
+
+
+@contextmanager
+def _log_file(run_dir: Path, rank: int) -> Iterator[None]:
+    """Write this worker's log to ``RUN_DIR/logs/rank-N.log``."""
+    folder = run_dir / "logs"
+    folder.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(folder / f"rank-{rank}.log")
+    handler.setFormatter(logging.Formatter(f"%(asctime)s {socket.gethostname()} %(levelname)s %(name)s: %(message)s"))
+    logger = logging.getLogger("asp_dist")
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        handler.close()
+
+
+@dataclass
+class ClusterTorchConfig(TorchConfig):
+    """Ray Train's process group over the network interface by which the node joined the cluster.
+
+    Left alone, gloo takes the interface that the host's name resolves to, which on many machines is the loopback.
+    """
+
+    @property
+    def backend_cls(self) -> type[_ClusterBackend]:
+        return _ClusterBackend
+
+
+class _ClusterBackend(_TorchBackend):
+    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+        worker_group.execute(use_cluster_interface)
+        super().on_start(worker_group, backend_config)
+
+
+def use_cluster_interface() -> None:
+    """Set gloo's and NCCL's interface to the one with this node's Ray address, unless the user set them."""
+    name = interface_of(ray.util.get_node_ip_address())
+    if name is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+        if name != "lo":
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
+
+
+def interface_of(address: str) -> str | None:
+    """Name of this machine's interface with the IPv4 `address`, or None."""
+    get_address = 0x8915  # SIOCGIFADDR
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            request = struct.pack("256s", name.encode()[:15])
+            try:
+                answer = fcntl.ioctl(probe.fileno(), get_address, request)
+            except OSError:
+                continue  # the interface has no IPv4 address
+            if socket.inet_ntoa(answer[20:24]) == address:
+                return name
+    return None
