@@ -1,0 +1,8 @@
+"""Images to tensors: data sets, their order over epochs and ranks, and the pipelines that decode and augment them."""
+
+from asp_dist.data.digits import prepare_digits
+from asp_dist.data.errors import DataError
+from asp_dist.data.info import DataInfo, inspect_data
+from asp_dist.data.loaders import Loaders, build_loaders
+
+__all__ = ["DataError", "DataInfo", "Loaders", "build_loaders", "inspect_data", "prepare_digits"]

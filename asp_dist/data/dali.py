@@ -1,0 +1,151 @@
+"""The DALI backend: one pipeline per epoch over the rank's own part of the order; DALI shuffles nothing itself."""
+
+from __future__ import annotations
+
+import base64
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.dlpack import from_dlpack
+
+from asp_dist.data.base import Batch, Options, TrainLoader, ValLoader
+from asp_dist.data.errors import decode_error
+from asp_dist.data.order import Plan
+from asp_dist.data.samples import IndexArray, Samples
+
+
+class PipelineRun:
+    """A DALI pipeline run for exactly `batches` batches: none is worked ahead that nobody takes.
+
+    Args:
+        pipeline: a DALI pipeline whose outputs are images and positions.
+        batches: how many batches will be taken.
+        prefetch: the depth of the pipeline's queue, `batches` at most.
+    """
+
+    def __init__(self, pipeline: Any, batches: int, prefetch: int) -> None:
+        self.pipeline, self.batches, self.prefetch = pipeline, batches, prefetch
+        self.taken = 0
+        pipeline.build()
+
+    def next(self) -> tuple[Tensor, IndexArray]:
+        """Images float32 [B, 3, H, W] on the pipeline's device, and their positions in the file list, int64 [B]."""
+        if self.taken + self.prefetch <= self.batches:
+            self.pipeline.schedule_run()  # the first call schedules `prefetch` batches
+        images, positions = self.pipeline.outputs()
+        self.taken += 1
+        tensor: Tensor = from_dlpack(images.as_tensor())
+        return tensor, np.array(positions.as_tensor()).reshape(-1).astype(np.int64)
+
+
+def pipeline_options(options: Options, batch: int, batches: int) -> dict[str, Any]:
+    """The arguments of every pipeline."""
+    gpu = options.device.type == "cuda"
+    return {
+        "batch_size": batch,
+        "num_threads": options.threads,
+        "device_id": (options.device.index or 0) if gpu else None,
+        "prefetch_queue_depth": min(options.prefetch, batches),
+    }
+
+
+class DaliTrain(TrainLoader):
+    """Training batches of one rank through DALI; see `TrainLoader`."""
+
+    backend = "dali"
+
+    def __init__(self, samples: Samples, plan: Plan, options: Options) -> None:
+        super().__init__(samples, plan, options)
+        self._run: PipelineRun | None = None
+
+    def topology(self) -> dict[str, Any]:
+        """The base's, and DALI's version."""
+        import nvidia.dali
+
+        return {**super().topology(), "DALI": nvidia.dali.__version__}
+
+    def _pipeline_state(self) -> str | None:
+        if self._run is None or self._run.taken == 0:
+            return None
+        return base64.b64encode(self._run.pipeline.checkpoint()).decode()
+
+    def _pipeline(self, part: IndexArray, epoch: int, state: str | None, batches: int) -> Any:
+        from asp_dist.data.graph import train_pipeline
+
+        assert self.samples is not None
+        options = self.options
+        key = [options.seed % 2**64, epoch, options.rank, self._first_step]
+        return train_pipeline(
+            self.samples.names.take(part),
+            os.fspath(self.samples.root),
+            options.spec_in(epoch),
+            options.augment,
+            "gpu" if options.device.type == "cuda" else "cpu",
+            seed=int(np.random.SeedSequence(key).generate_state(1)[0] >> 1),
+            enable_checkpointing=True,
+            checkpoint=None if state is None else base64.b64decode(state),
+            **pipeline_options(options, self.plan.micro, batches),
+        )
+
+    def _batches(self, epoch: int, step: int, pipeline: str | None) -> Iterator[Batch]:
+        assert self.samples is not None
+        micro, part = self.plan.micro, self._part(epoch, self._first_step)
+        skip = (step - self._first_step) * self.plan.accumulate
+        batches = len(part) // micro - skip
+        if batches == 0:
+            return
+        self._run = run = PipelineRun(
+            self._pipeline(part, epoch, pipeline, batches), batches, min(self.options.prefetch, batches)
+        )
+        labels = torch.from_numpy(self.samples.labels)
+        for start in range(skip * micro, len(part), micro):
+            wanted = part[start : start + micro]
+            try:
+                images, positions = run.next()
+            except RuntimeError as error:
+                ahead = part[start : start + (self.options.prefetch + 2) * micro]
+                where = f"rank {self.options.rank}, epoch {epoch}, step {start // micro // self.plan.accumulate}"
+                raise decode_error(error, self.samples, ahead, where=where) from error
+            assert np.array_equal(positions, np.arange(start, start + micro)), "DALI left the order that it was given"
+            yield images, labels[wanted].to(self.options.device, non_blocking=True)
+
+    def close(self) -> None:
+        """End the running pipeline."""
+        self._run = None
+
+
+class DaliVal(ValLoader):
+    """Validation batches of one rank through DALI; see `ValLoader`."""
+
+    def _batches(self) -> Iterator[Batch]:
+        from asp_dist.data.graph import val_pipeline
+
+        assert self.samples is not None
+        part, size = self.part, self.batch_size
+        batches = -(-len(part) // size)
+        if batches == 0:
+            return
+        pipeline = val_pipeline(
+            self.samples.names.take(part),
+            os.fspath(self.samples.root),
+            self.options.spec,
+            "gpu" if self.options.device.type == "cuda" else "cpu",
+            **pipeline_options(self.options, size, batches),
+        )
+        run = PipelineRun(pipeline, batches, min(self.options.prefetch, batches))
+        labels = torch.from_numpy(self.samples.labels)
+        for start in range(0, len(part), size):
+            wanted = part[start : start + size]
+            try:
+                images, positions = run.next()
+            except RuntimeError as error:
+                ahead = part[start : start + (self.options.prefetch + 2) * size]
+                where = f"rank {self.options.rank}, validation batch {start // size}"
+                raise decode_error(error, self.samples, ahead, where=where) from error
+            real = len(wanted)
+            assert np.array_equal(positions[:real], np.arange(start, start + real)), "DALI left the given order"
+            yield images[:real], labels[wanted].to(self.options.device, non_blocking=True)

@@ -1,0 +1,47 @@
+"""Image folders: ``SPLIT/CLASS/*``."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from asp_dist.config import UserError, check
+from asp_dist.data.samples import Names, Samples
+
+EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2"})
+
+
+def class_folders(split: Path) -> tuple[str, ...]:
+    """The class folders of `split`, sorted.
+
+    Raises:
+        UserError: there is no such folder.
+    """
+    if not split.is_dir():
+        raise UserError(f"data: there is no folder {split}: give data.root a folder with train/CLASS/* and val/CLASS/*")
+    return tuple(sorted(e.name for e in os.scandir(split) if e.is_dir() and not e.name.startswith(".")))
+
+
+def scan_folder(split: Path, classes: tuple[str, ...]) -> Samples:
+    """All images of `split`, by class, then by name.
+
+    Args:
+        split: folder of class folders.
+        classes: the classes, in the order of their indices.
+
+    Raises:
+        UserError: a class folder that is not among `classes`, or no image at all.
+    """
+    index = {name: i for i, name in enumerate(classes)}
+    unknown = [name for name in class_folders(split) if name not in index]
+    check(not unknown, f"data: {split} has class folders that the training split lacks: {', '.join(unknown[:5])}")
+    names: list[str] = []
+    labels: list[int] = []
+    for name in class_folders(split):
+        files = sorted(e.name for e in os.scandir(split / name) if os.path.splitext(e.name)[1].lower() in EXTENSIONS)
+        names += [f"{name}/{file}" for file in files]
+        labels += [index[name]] * len(files)
+    check(bool(names), f"data: no image under {split}: expected CLASS/*.jpg or another of {sorted(EXTENSIONS)}")
+    return Samples(split, Names.of(names), np.asarray(labels, dtype=np.int64))

@@ -1,0 +1,128 @@
+"""The DALI graphs of the training and validation pipelines. The device is a value: ``cpu`` or ``gpu``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nvidia.dali import fn, math, pipeline_def, types
+from nvidia.dali.auto_aug import auto_augment, rand_augment, trivial_augment
+
+from asp_dist.config import AugmentConfig
+from asp_dist.data.images import ImageSpec
+
+INTERPOLATION = {
+    "nearest": types.INTERP_NN,
+    "bilinear": types.INTERP_LINEAR,
+    "bicubic": types.INTERP_CUBIC,
+    "lanczos": types.INTERP_LANCZOS3,
+}
+ERASE_AREA = (0.02, 1 / 3)  # as in timm
+ERASE_LOG_RATIO = (-1.2039728043259361, 1.2039728043259361)  # aspect ratio from 0.3 to 1 / 0.3
+
+
+def decoder(device: str) -> str:
+    """The decoders' name of `device`: a GPU pipeline starts from bytes on the CPU."""
+    return "mixed" if device == "gpu" else "cpu"
+
+
+def augment_colors(images: Any, augment: AugmentConfig) -> Any:
+    """Colour jitter, then the automatic policy, on uint8 images [H, W, 3]."""
+    if augment.color_jitter > 0:
+        low, high = max(0.0, 1 - augment.color_jitter), 1 + augment.color_jitter
+        images = fn.color_twist(
+            images,
+            brightness=fn.random.uniform(range=(low, high)),
+            contrast=fn.random.uniform(range=(low, high)),
+            saturation=fn.random.uniform(range=(low, high)),
+        )
+    if augment.policy == "randaugment":
+        images = rand_augment.rand_augment(images, n=augment.policy_ops, m=augment.policy_magnitude)
+    elif augment.policy == "trivialaugment":
+        images = trivial_augment.trivial_augment_wide(images)
+    elif augment.policy == "autoaugment":
+        images = auto_augment.auto_augment(images)
+    return images
+
+
+def erase(images: Any, probability: float, spec: ImageSpec) -> Any:
+    """Random erasing (arXiv 1708.04896): with `probability`, a rectangle becomes the mean colour."""
+    if probability <= 0:
+        return images
+    area = fn.random.uniform(range=ERASE_AREA)
+    ratio = fn.random.uniform(range=ERASE_LOG_RATIO)
+    ratio = types.Constant(2.718281828459045) ** ratio
+    chosen = fn.cast(fn.random.coin_flip(probability=probability), dtype=types.FLOAT)
+    height = _min1(fn.cast(area * ratio, dtype=types.FLOAT) ** 0.5) * chosen
+    width = _min1(fn.cast(area / ratio, dtype=types.FLOAT) ** 0.5) * chosen
+    top = fn.random.uniform(range=(0.0, 1.0)) * (1.0 - height)
+    left = fn.random.uniform(range=(0.0, 1.0)) * (1.0 - width)
+    return fn.erase(
+        images,
+        anchor=fn.stack(top, left),
+        shape=fn.stack(height, width),
+        axis_names="HW",
+        normalized_anchor=True,
+        normalized_shape=True,
+        fill_value=[255 * m for m in spec.mean],
+    )
+
+
+def _min1(value: Any) -> Any:
+    return math.min(value, 1.0)
+
+
+def normalize(images: Any, spec: ImageSpec, **kwargs: Any) -> Any:
+    """uint8 [H, W, 3] to normalised float32 [3, H, W]; `kwargs` crop and mirror on the way."""
+    return fn.crop_mirror_normalize(
+        images,
+        dtype=types.FLOAT,
+        output_layout="CHW",
+        mean=[255 * m for m in spec.mean],
+        std=[255 * s for s in spec.std],
+        **kwargs,
+    )
+
+
+def train_images(encoded: Any, spec: ImageSpec, augment: AugmentConfig, device: str) -> Any:
+    """Random resized crop, colour, policy, erasing, flips and normalisation of encoded images."""
+    images = fn.decoders.image_random_crop(
+        encoded,
+        device=decoder(device),
+        output_type=types.RGB,
+        random_area=list(augment.scale),
+        random_aspect_ratio=list(augment.ratio),
+        num_attempts=10,
+    )
+    images = fn.resize(images, size=spec.size, interp_type=INTERPOLATION[spec.interpolation], antialias=True)
+    images = augment_colors(images, augment)
+    images = erase(images, augment.erase, spec)
+    if augment.vflip > 0:
+        images = fn.flip(images, horizontal=0, vertical=fn.random.coin_flip(probability=augment.vflip))
+    mirror = fn.random.coin_flip(probability=augment.hflip) if augment.hflip > 0 else 0
+    return normalize(images, spec, mirror=mirror)
+
+
+def val_images(encoded: Any, spec: ImageSpec, device: str) -> Any:
+    """Resize, centre crop and normalisation of encoded images, as timm's evaluation does."""
+    images = fn.decoders.image(encoded, device=decoder(device), output_type=types.RGB)
+    mode = "default" if spec.crop_mode == "squash" else "not_smaller"
+    images = fn.resize(
+        images, size=spec.resize, mode=mode, interp_type=INTERPOLATION[spec.interpolation], antialias=True
+    )
+    return normalize(images, spec, crop=spec.size)
+
+
+@pipeline_def(enable_conditionals=True)  # type: ignore[untyped-decorator]
+def train_pipeline(files: list[str], root: str, spec: ImageSpec, augment: AugmentConfig, device: str) -> Any:
+    """Training images float32 [B, 3, H, W] and their positions in `files`, int32 [B, 1]."""
+    encoded, position = fn.readers.file(files=files, file_root=root, labels=list(range(len(files))), name="reader")
+    return train_images(encoded, spec, augment, device), position
+
+
+@pipeline_def  # type: ignore[untyped-decorator]
+def val_pipeline(files: list[str], root: str, spec: ImageSpec, device: str) -> Any:
+    """Validation images float32 [B, 3, H, W] and their positions in `files`, int32 [B, 1]; the last batch is padded."""
+    encoded, position = fn.readers.file(
+        files=files, file_root=root, labels=list(range(len(files))), pad_last_batch=True, name="reader"
+    )
+    return val_images(encoded, spec, device), position

@@ -1,0 +1,102 @@
+"""Building the loaders of one rank."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from asp_dist.config import DataConfig
+from asp_dist.data.base import Options, TrainLoader, ValLoader
+from asp_dist.data.images import build_spec, default_threads
+from asp_dist.data.info import DataInfo, inspect_data, open_data_set
+from asp_dist.data.order import Plan
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Loaders:
+    """One rank's loaders, and what their data set holds."""
+
+    train: TrainLoader
+    val: ValLoader
+    info: DataInfo
+
+    def close(self) -> None:
+        """Let go of threads, processes and files."""
+        self.train.close()
+        self.val.close()
+
+
+def build_loaders(
+    data: DataConfig,
+    *,
+    model_data: dict[str, Any],
+    seed: int,
+    rank: int,
+    world_size: int,
+    device: torch.device,
+    accumulate: int = 1,
+    epochs: int = 1,
+) -> Loaders:
+    """The training and validation loaders of one rank.
+
+    Args:
+        data: the data set and how it is loaded.
+        model_data: timm's ``resolve_model_data_config`` of the model; ``data.input_size`` goes on top.
+        seed: seed of the order and of the augmentation.
+        rank: this rank.
+        world_size: number of ranks.
+        device: where the batches land; a CUDA device decodes there too.
+        accumulate: micro-batches per optimizer step.
+        epochs: length of the training, over which ``data.progressive_sizes`` are spread.
+
+    Raises:
+        UserError: a data set that is missing or unfit, a batch size that does not divide.
+    """
+    options = Options(
+        spec=build_spec(data, model_data),
+        augment=data.augment,
+        device=device,
+        rank=rank,
+        world_size=world_size,
+        seed=seed,
+        threads=data.threads or default_threads(),
+        prefetch=data.prefetch,
+        sizes=tuple(data.progressive_sizes),
+        epochs=epochs,
+    )
+    if data.backend == "synthetic":
+        return _synthetic(data, options, accumulate)
+    data_set = open_data_set(data)
+    plan = Plan(len(data_set.train), data.batch_size, world_size, accumulate, data.augment.repeats)
+    eval_batch = data.eval_batch_size or plan.micro
+    if rank == 0 and plan.num_samples % plan.batch_size:
+        log.info(
+            "each epoch takes %d of the %d training images: %d steps of %d",
+            plan.steps * plan.batch_size, plan.num_samples, plan.steps, plan.batch_size,
+        )  # fmt: skip
+    if data.backend == "torch":
+        from asp_dist.data.torch_loader import TorchTrain, TorchVal
+
+        train: TrainLoader = TorchTrain(data_set.train, plan, options)
+        val: ValLoader = TorchVal(data_set.val, len(data_set.val), eval_batch, options)
+    else:
+        from asp_dist.data.dali import DaliTrain, DaliVal
+
+        train = DaliTrain(data_set.train, plan, options)
+        val = DaliVal(data_set.val, len(data_set.val), eval_batch, options)
+    return Loaders(train, val, data_set.info)
+
+
+def _synthetic(data: DataConfig, options: Options, accumulate: int) -> Loaders:
+    from asp_dist.data.synthetic import SyntheticTrain, SyntheticVal
+
+    info = inspect_data(data)
+    plan = Plan(info.num_train, data.batch_size, options.world_size, accumulate)
+    classes = data.synthetic_classes
+    val = SyntheticVal(info.num_val, data.eval_batch_size or plan.micro, options, classes)
+    return Loaders(SyntheticTrain(plan, options, classes), val, info)

@@ -1,0 +1,146 @@
+"""The torch backend: timm's transforms in torch's DataLoader, over the same order as DALI's."""
+
+from __future__ import annotations
+
+import io
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from asp_dist.config import AugmentConfig
+from asp_dist.data.base import Batch, Options, TrainLoader, ValLoader
+from asp_dist.data.errors import DataError, decode_error
+from asp_dist.data.images import ImageSpec
+from asp_dist.data.order import Plan
+from asp_dist.data.samples import IndexArray, Samples
+
+
+def build_transform(spec: ImageSpec, augment: AugmentConfig | None) -> Callable[[Any], Any]:
+    """timm's training transform, or its evaluation transform without `augment`: PIL image to float32 [3, H, W].
+
+    timm leaves colour jitter out where there is a policy; DALI's pipelines do both.
+    """
+    from timm.data import create_transform
+
+    shared: dict[str, Any] = {
+        "input_size": (3, *spec.size),
+        "interpolation": spec.interpolation,
+        "mean": spec.mean,
+        "std": spec.std,
+        "crop_pct": spec.crop_pct,
+        "crop_mode": spec.crop_mode,
+    }
+    if augment is None:
+        return create_transform(**shared)
+    policies = {
+        "none": None,
+        "randaugment": f"rand-m{augment.policy_magnitude}-n{augment.policy_ops}",
+        "trivialaugment": "rand-n1-m15-mstd101",  # one operation, magnitude uniform: timm's form of TrivialAugment
+        "autoaugment": "original",
+    }
+    return create_transform(
+        **shared,
+        is_training=True,
+        scale=augment.scale,
+        ratio=augment.ratio,
+        hflip=augment.hflip,
+        vflip=augment.vflip,
+        color_jitter=augment.color_jitter or None,
+        auto_augment=policies[augment.policy],
+        re_prob=augment.erase,
+        re_mode="const",
+    )
+
+
+class DecodedDataset(Dataset[tuple[torch.Tensor, int]]):
+    """The samples of one part, decoded by PIL; its randomness is a function of (seed, epoch, position) alone.
+
+    Args:
+        samples: the split.
+        part: int64 [M], the samples to serve.
+        transform: PIL image to tensor.
+        key: whole numbers that the draws depend on; None for no randomness.
+        where: rank and epoch, for messages.
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        part: IndexArray,
+        transform: Callable[[Any], Any],
+        key: tuple[int, ...] | None,
+        where: str,
+    ) -> None:
+        self.samples, self.part, self.transform, self.key, self.where = samples, part, transform, key, where
+
+    def __len__(self) -> int:
+        return len(self.part)
+
+    def __getitem__(self, position: int) -> tuple[torch.Tensor, int]:
+        from PIL import Image
+
+        index = int(self.part[position])
+        if self.key is not None:
+            seed = int(np.random.SeedSequence([*self.key, position]).generate_state(1)[0])
+            random.seed(seed)
+            np.random.seed(seed)  # timm's transforms draw from all three
+            torch.manual_seed(seed)
+        try:
+            with Image.open(io.BytesIO(self.samples.read(index))) as image:
+                return self.transform(image.convert("RGB")), int(self.samples.labels[index])
+        except (OSError, SyntaxError, ValueError) as error:
+            raise decode_error(error, self.samples, [index], where=self.where) from error
+
+
+def serve(dataset: DecodedDataset, batch: int, first: int, options: Options) -> Iterator[Batch]:
+    """Batches of `dataset` from position `first` on; the last may be smaller."""
+    order = [list(range(i, min(i + batch, len(dataset)))) for i in range(first, len(dataset), batch)]
+    cuda = options.device.type == "cuda"
+    loader: DataLoader[Any] = DataLoader(
+        dataset,
+        batch_sampler=order,
+        num_workers=options.threads if len(order) > 1 else 0,
+        prefetch_factor=options.prefetch if len(order) > 1 else None,
+        pin_memory=cuda,
+    )
+    for images, targets in loader:
+        yield images.to(options.device, non_blocking=cuda), targets.to(options.device, non_blocking=cuda)
+
+
+class TorchTrain(TrainLoader):
+    """Training batches of one rank through torch's DataLoader; see `TrainLoader`."""
+
+    backend = "torch"
+
+    def __init__(self, samples: Samples, plan: Plan, options: Options) -> None:
+        super().__init__(samples, plan, options)
+
+    def _batches(self, epoch: int, step: int, pipeline: str | None) -> Iterator[Batch]:
+        assert self.samples is not None
+        options = self.options
+        dataset = DecodedDataset(
+            self.samples,
+            self._part(epoch, 0),
+            build_transform(options.spec_in(epoch), options.augment),
+            (options.seed % 2**64, epoch, options.rank),
+            f"rank {options.rank}, epoch {epoch}",
+        )
+        yield from serve(dataset, self.plan.micro, step * self.plan.accumulate * self.plan.micro, options)
+
+
+class TorchVal(ValLoader):
+    """Validation batches of one rank through torch's DataLoader; see `ValLoader`."""
+
+    def _batches(self) -> Iterator[Batch]:
+        assert self.samples is not None
+        transform = build_transform(self.options.spec, None)
+        where = f"rank {self.options.rank}, validation"
+        dataset = DecodedDataset(self.samples, self.part, transform, None, where)
+        yield from serve(dataset, self.batch_size, 0, self.options)
+
+
+__all__ = ["DataError", "TorchTrain", "TorchVal", "build_transform"]

@@ -1,0 +1,193 @@
+"""The loaders of every backend, on scikit-learn's digits: counts, order, draws, resuming and bad input."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from asp_dist.config import AugmentConfig, DataConfig, UserError
+from asp_dist.data import DataError, Loaders, build_loaders, inspect_data, prepare_digits
+
+MODEL_DATA = {
+    "input_size": (3, 32, 32),
+    "interpolation": "bicubic",
+    "mean": (0.485, 0.456, 0.406),
+    "std": (0.229, 0.224, 0.225),
+    "crop_pct": 0.875,
+    "crop_mode": "center",
+}
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepare_digits(tmp_path_factory.mktemp("data") / "digits")
+
+
+def config(root: Path, **changes: Any) -> DataConfig:
+    return dataclasses.replace(DataConfig(root=str(root), threads=1, batch_size=120, input_size=16), **changes)
+
+
+def loaders(data: DataConfig, rank: int = 0, world_size: int = 1, seed: int = 0, **more: Any) -> Loaders:
+    return build_loaders(data, model_data=MODEL_DATA, seed=seed, rank=rank, world_size=world_size, device=CPU, **more)
+
+
+def same(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> bool:
+    return torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
+
+
+def test_digits_are_complete_stratified_and_quick_the_second_time(digits: Path) -> None:
+    info = inspect_data(config(digits))
+    assert (info.num_train, info.num_val, info.format) == (1438, 359, "folder")
+    assert info.classes == tuple("0123456789") and info.names[3] == "three"
+    for digit in range(10):
+        train, val = (len(list((digits / split / str(digit)).iterdir())) for split in ("train", "val"))
+        assert 174 <= train + val <= 183 and val == round((train + val) / 5)
+    before = (digits / "classes.tsv").stat().st_mtime_ns
+    assert prepare_digits(digits) == digits
+    assert (digits / "classes.tsv").stat().st_mtime_ns == before
+
+
+def test_digits_refuse_a_folder_with_other_things(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(UserError, match="holds something else"):
+        prepare_digits(tmp_path)
+
+
+@pytest.mark.parametrize("backend", ["dali", "torch", "synthetic"])
+def test_shapes_types_and_steps(digits: Path, backend: str) -> None:
+    data = config(digits, backend=backend, synthetic_samples=(1438, 359))
+    built = loaders(data, rank=1, world_size=2, accumulate=3)
+    assert built.train.steps_per_epoch == 11 and built.train.samples_per_epoch == 1320
+    batches = list(built.train.start(0))
+    assert len(batches) == 33
+    for images, targets in batches:
+        assert images.shape == (20, 3, 16, 16) and images.dtype == torch.float32
+        assert targets.shape == (20,) and targets.dtype == torch.int64
+    assert len(list(built.train.start(0, step=9))) == 6
+    assert built.val.num_samples == 359
+    assert sum(len(targets) for _, targets in built.val) == 179
+
+
+@pytest.mark.parametrize("backend", ["dali", "torch"])
+@pytest.mark.parametrize(("world_size", "batch"), [(1, 100), (3, 64), (8, 7)])
+def test_validation_counts_every_image_once(digits: Path, backend: str, world_size: int, batch: int) -> None:
+    if backend == "torch" and world_size == 8:
+        pytest.skip("the same code as for 3, slower")
+    counts: Counter[int] = Counter()
+    steps = set()
+    for rank in range(world_size):
+        val = loaders(config(digits, backend=backend, eval_batch_size=batch), rank, world_size).val
+        batches = [targets for _, targets in val]
+        steps.add(len(batches))
+        counts.update(torch.cat(batches).tolist())
+    assert len(steps) == 1
+    assert [counts[digit] for digit in range(10)] == [36, 36, 35, 37, 36, 36, 36, 36, 35, 36]
+
+
+def test_backends_serve_the_same_order_and_nearly_the_same_pixels(digits: Path) -> None:
+    dali, other = (loaders(config(digits, backend=b)) for b in ("dali", "torch"))
+    for (_, first), (_, second) in zip(dali.train.start(4), other.train.start(4), strict=True):
+        assert torch.equal(first, second)
+    for (first, _), (second, _) in zip(dali.val, other.val, strict=True):
+        value_range = 1 / 0.225
+        assert (first - second).abs().mean().item() / value_range < 0.01
+
+
+def test_augmentation_differs_between_ranks_epochs_and_seeds_but_repeats(digits: Path) -> None:
+    # The same sample for both ranks: without crops, the tensors would be equal.
+    data = config(digits, batch_size=4, augment=AugmentConfig(repeats=4, scale=(0.3, 1.0)))
+    ranks = [next(loaders(data, rank, 4).train.start(0)) for rank in range(4)]
+    assert len({int(targets[0]) for _, targets in ranks}) == 1
+    images = [batch[0] for batch in ranks]
+    assert not any(torch.equal(images[0], other) for other in images[1:])
+    assert same(ranks[2], next(loaders(data, 2, 4).train.start(0)))
+    assert not same(ranks[2], next(loaders(data, 2, 4, seed=1).train.start(0)))
+    assert not same(ranks[2], next(loaders(data, 2, 4).train.start(1)))
+
+
+@pytest.mark.parametrize("backend", ["dali", "torch"])
+def test_a_state_restores_the_exact_next_batches(digits: Path, backend: str) -> None:
+    data = config(digits, backend=backend)
+    train = loaders(data, 1, 2, accumulate=2).train
+    run = train.start(3)
+    for _ in range(6):
+        next(run)
+    state = json.loads(json.dumps(train.state_dict()))
+    assert (state["epoch"], state["step"]) == (3, 3)
+    expected = list(run)
+    again = loaders(data, 1, 2, accumulate=2).train
+    again.load_state_dict(state)
+    second = again.start(3, 3)
+    got = [next(second), next(second)]
+    # A state of a resumed run restores as well.
+    third = loaders(data, 1, 2, accumulate=2).train
+    third.load_state_dict(json.loads(json.dumps(again.state_dict())))
+    got += list(third.start(3, 4))
+    assert len(got) == len(expected) == 16
+    assert all(same(a, b) for a, b in zip(got, expected))
+
+
+def test_a_state_of_another_topology_goes_on_at_the_same_offset_and_says_so(
+    digits: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = config(digits, batch_size=96)
+    seen: Counter[int] = Counter()
+    state: dict[str, Any] = {}
+    plan = loaders(data).train.plan
+    order = plan.order(0, 3)
+    for rank in range(2):
+        train = loaders(data, rank, 2).train
+        run = train.start(3)
+        for _ in range(5):
+            seen.update(next(run)[1].tolist())
+        state = train.state_dict()
+    for rank in range(3):
+        train = loaders(data, rank, 3).train
+        with caplog.at_level(logging.WARNING):
+            train.load_state_dict(state)
+        for _, targets in train.start(3, 5):
+            seen.update(targets.tolist())
+    assert "world size 2 -> 3" in caplog.text and "goes on from step 5" in caplog.text
+    assert train.samples is not None
+    assert seen == Counter(train.samples.labels[order].tolist())
+
+
+def test_a_file_that_does_not_decode_is_named_with_its_rank(tmp_path: Path) -> None:
+    root = prepare_digits(tmp_path / "digits")
+    bad = sorted((root / "train" / "4").iterdir())[7]
+    bad.write_bytes(b"no image at all")
+    for backend in ("dali", "torch"):
+        with pytest.raises(DataError, match=f"rank 0, epoch 0.*{bad}.*asp-dist verify"):
+            list(loaders(config(root, backend=backend, batch_size=719)).train.start(0))
+    val = sorted((root / "val" / "4").iterdir())[0]
+    val.write_bytes(b"")
+    with pytest.raises(DataError, match=f"rank 0, validation.*{val}: empty file"):
+        list(loaders(config(root)).val)
+
+
+def test_bad_folders_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such folder"):
+        inspect_data(config(tmp_path / "absent"))
+    (tmp_path / "train").mkdir()
+    with pytest.raises(UserError, match="is empty"):
+        inspect_data(config(tmp_path))
+    (tmp_path / "train" / "cat").mkdir()
+    with pytest.raises(UserError, match="at least two classes"):
+        inspect_data(config(tmp_path))
+    (tmp_path / "train" / "dog").mkdir()
+    with pytest.raises(UserError, match="no image under"):
+        inspect_data(config(tmp_path))
+
+
+def test_progressive_sizes_follow_the_epochs(digits: Path) -> None:
+    train = loaders(config(digits, progressive_sizes=(8, 12, 16)), epochs=6).train
+    assert [next(train.start(epoch))[0].shape[-1] for epoch in range(6)] == [8, 8, 12, 12, 16, 16]
