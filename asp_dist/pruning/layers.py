@@ -1,0 +1,156 @@
+"""Which parameters of a model are prunable weights: found by the module's type and by identity, never by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+PrunableNames = Callable[[nn.Module], Iterator[str]]
+
+
+def _weight(module: nn.Module) -> Iterator[str]:
+    yield "weight"
+
+
+def _attention(module: nn.Module) -> Iterator[str]:
+    # q, k and v have weights of their own only where their widths differ; else they share in_proj_weight.
+    yield from ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+
+
+def _recurrent(module: nn.Module) -> Iterator[str]:
+    yield from (name for name, parameter in module.named_parameters(recurse=False) if parameter.ndim == 2)
+
+
+# Module types whose named parameters are matrices of weights. Subclasses count; the first match in the list decides.
+_BY_TYPE: list[tuple[type[nn.Module], PrunableNames]] = [
+    (_ConvNd, _weight),
+    (nn.Linear, _weight),
+    (nn.Bilinear, _weight),
+    (nn.MultiheadAttention, _attention),
+    (nn.RNNBase, _recurrent),
+    (nn.RNNCellBase, _recurrent),
+]
+
+# Types of packages that this one must not import, by their qualified name anywhere among a module's base classes.
+_BY_QUALIFIED_NAME: dict[str, PrunableNames] = {
+    "timm.layers.cond_conv2d.CondConv2d": _weight,
+}
+
+_STANDARDISED = "its weights are standardised in forward, which turns stored zeros into nonzero effective weights"
+# Types that are refused, by qualified name, with the reason.
+_REFUSED: dict[str, str] = {
+    "timm.layers.std_conv.StdConv2d": _STANDARDISED,
+    "timm.layers.std_conv.StdConv2dSame": _STANDARDISED,
+    "timm.layers.std_conv.ScaledStdConv2d": _STANDARDISED,
+    "timm.layers.std_conv.ScaledStdConv2dSame": _STANDARDISED,
+}
+
+
+def register_prunable(module_type: type[nn.Module], *parameter_names: str) -> None:
+    """Declare that the named parameters of `module_type` (and its subclasses) are prunable weights."""
+
+    def names(module: nn.Module) -> Iterator[str]:
+        yield from parameter_names
+
+    _BY_TYPE.insert(0, (module_type, names))
+
+
+@dataclass(frozen=True)
+class WeightInfo:
+    """One matrix of weights in a model.
+
+    Attributes:
+        name: the module's name; with the parameter's appended where that is not ``weight``.
+        module_name: the module's name in ``model.named_modules()``.
+        parameter: the parameter, dense shape.
+        kind: the module's class name.
+        reason: why it stays dense; empty if it is pruned.
+    """
+
+    name: str
+    module_name: str
+    parameter: nn.Parameter
+    kind: str
+    reason: str = ""
+
+    @property
+    def numel(self) -> int:
+        """Number of weights in the whole, unsharded parameter."""
+        return self.parameter.numel()
+
+
+def _qualified_names(module: nn.Module) -> list[str]:
+    return [f"{base.__module__}.{base.__qualname__}" for base in type(module).__mro__]
+
+
+def _candidates(module: nn.Module) -> tuple[list[str], str]:
+    """Names of a module's weight parameters, and the reason to refuse them (empty: none)."""
+    qualified = _qualified_names(module)
+    refusal = next((_REFUSED[name] for name in qualified if name in _REFUSED), "")
+    for module_type, names in _BY_TYPE:
+        if isinstance(module, module_type):
+            return list(names(module)), refusal
+    for name in qualified:
+        if name in _BY_QUALIFIED_NAME:
+            return list(_BY_QUALIFIED_NAME[name](module)), refusal
+    return [], refusal
+
+
+def _reason(name: str, numel: int, min_weights: int, include: Sequence[str], exclude: Sequence[str]) -> str:
+    if any(fnmatchcase(name, pattern) for pattern in exclude):
+        return "excluded by name"
+    if include and not any(fnmatchcase(name, pattern) for pattern in include):
+        return "not included by name"
+    if numel < min_weights:
+        return f"fewer than {min_weights} weights"
+    return ""
+
+
+def find_weights(
+    model: nn.Module, *, min_weights: int = 1000, include: Sequence[str] = (), exclude: Sequence[str] = ()
+) -> list[WeightInfo]:
+    """All matrices of weights of `model`, in the order of its modules, each with the reason if it stays dense.
+
+    A parameter that several modules share is listed once, under its first name.
+
+    Args:
+        model: any module.
+        min_weights: parameters with fewer weights stay dense.
+        include: globs on names; empty: everything.
+        exclude: globs on names that stay dense.
+
+    Raises:
+        ValueError: a glob matches nothing; or a layer cannot be pruned for the reason given and is not excluded.
+    """
+    found: list[WeightInfo] = []
+    refused: list[tuple[str, str]] = []
+    seen: set[int] = set()
+    for module_name, module in model.named_modules():
+        names, refusal = _candidates(module)
+        for parameter_name in names:
+            parameter = module._parameters.get(parameter_name)
+            if parameter is None or id(parameter) in seen or not parameter.requires_grad:
+                continue
+            seen.add(id(parameter))
+            parts = [module_name] if parameter_name == "weight" else [module_name, parameter_name]
+            name = ".".join(part for part in parts if part) or parameter_name
+            reason = _reason(name, parameter.numel(), min_weights, include, exclude)
+            if refusal and not reason:
+                refused.append((name, f"{type(module).__name__}: {refusal}"))
+            found.append(WeightInfo(name, module_name, parameter, type(module).__name__, reason))
+    for option, patterns in (("include", include), ("exclude", exclude)):
+        for pattern in patterns:
+            if not any(fnmatchcase(info.name, pattern) for info in found):
+                names_seen = ", ".join(info.name for info in found[:5])
+                raise ValueError(f"{option} pattern {pattern!r} matches no layer; the layers are {names_seen}, ...")
+    if refused:
+        listed = ", ".join(name for name, _ in refused[:3]) + (", ..." if len(refused) > 3 else "")
+        raise ValueError(
+            f"{len(refused)} layers cannot be pruned ({listed}): {refused[0][1]}. "
+            "Exclude them by name (exclude=...) to prune the rest of the network"
+        )
+    return found

@@ -1,0 +1,466 @@
+"""The pruner: a companion of the optimizer that keeps a model's own parameters pruned to a budget while it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from asp_dist.pruning import projection
+from asp_dist.pruning.budget import Budget, NetworkCosts, check_floors
+from asp_dist.pruning.control import Control, LossControl, Observation
+from asp_dist.pruning.density import DensityModel, gaussian_density, weight_threshold
+from asp_dist.pruning.layers import find_weights
+from asp_dist.pruning.losses import sparsity_loss
+from asp_dist.pruning.macs import macs_per_weight
+from asp_dist.pruning.operators import Operator, build_operator, moments, pruned_dot, scale_pruned_gradient_
+from asp_dist.pruning.report import PrunedLayer, Report
+from asp_dist.pruning.schedule import Ramp
+from asp_dist.pruning.shards import LayerShard, RankReducer, flat, local
+from asp_dist.pruning.track import Allocation, TrackControl
+
+ControlName = Literal["loss", "track"]
+
+
+class Pruner(Report):
+    """Prunes `model` to `budget` while `optimizer` trains it; nothing else in the training loop changes.
+
+    Implements "Weight Pruning via Adaptive Sparsity Loss" (arXiv 2006.02768). The parameters of the model are the pruned
+    weights at all times; the dense weights are kept here and handed to the optimizer for its step, through its own step
+    hooks. Per layer, with w the dense weights, σ their standard deviation, r the threshold and b = clamp(r, 0, 5)·σ + 1e-6,
+    the pruned weights are w where |w| > b, else 0; the dense weights receive the gradient of the pruned ones (straight-
+    through), and the task's gradient on r is −(σ/b)·Σ_{|w| <= b} g·w.
+
+    Every rank of `process_group` builds its own; one packed all-reduce per optimizer step keeps them the same.
+
+    Args:
+        model: the network, on its device and in its final type, wrapped by DDP or `fully_shard` before or after (DDP) or
+            before (FSDP2).
+        optimizer: any torch optimizer over the model's parameters, stepped without a closure.
+        budget: one budget or several that hold together.
+        control: ``loss``, the adaptive sparsity loss, or ``track``, which holds the scheduled budget at every step.
+        sparsity_weight: λ of ``loss``.
+        initial_threshold: r at the start, in units of σ; None: where the density model predicts the schedule's first target.
+        threshold_lr: learning rate of the thresholds (``loss``); None: 0.01 × the optimizer's current learning rate for a
+            constant target, derived from the ramp otherwise.
+        operator: ``hard`` (published), ``soft`` or ``power``.
+        min_weights: layers with fewer weights stay dense.
+        include: globs on layer names; empty: all.
+        exclude: globs on layer names that stay dense.
+        ramp: the target's course over the run, and when the mask is frozen; None: constant, never frozen by itself.
+        density: ``gaussian`` (published) or ``measured``: the estimate corrected by counts (``loss``; ``track`` always is).
+        multiplier: see `LossControl`.
+        allocation: where the allocation starts (``track``).
+        allocation_rate: how fast the allocation learns (``track``); 0 keeps the starting one.
+        min_density: floor on each layer's density, in [0, 1]; a layer keeps at least one weight.
+        center: subtract each layer's mean from its dense weights after every step, as published; None: only in ``loss``.
+        gradient_scale: factor θ in [0, 1] on the gradients of pruned weights (arXiv 2310.02448).
+        power: p of the ``power`` operator.
+        threshold_momentum: momentum of the thresholds (``loss``).
+        input_shape: shape of one input sample, such as (3, 224, 224): counts multiply-adds; None: they are not known.
+        agreement_every: steps between checks that all ranks agree; 0: never.
+        process_group: the ranks; None: the default group, or one process.
+
+    Raises:
+        ValueError: no layer can be pruned; the budget cannot be met; an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        budget: Budget | Sequence[Budget],
+        *,
+        control: ControlName = "loss",
+        sparsity_weight: float = 10.0,
+        initial_threshold: float | None = None,
+        threshold_lr: float | None = None,
+        operator: Operator = "hard",
+        min_weights: int = 1000,
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        ramp: Ramp | None = None,
+        density: Literal["gaussian", "measured"] = "gaussian",
+        multiplier: bool = False,
+        allocation: Allocation = "magnitude",
+        allocation_rate: float = 0.003,
+        min_density: float = 0.001,
+        center: bool | None = None,
+        gradient_scale: float = 1.0,
+        power: float = 3.0,
+        threshold_momentum: float = 0.9,
+        input_shape: Sequence[int] | None = None,
+        agreement_every: int = 100,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        if control not in ("loss", "track"):
+            raise ValueError(f"control {control!r} is neither 'loss' nor 'track'")
+        self.model = model
+        self.optimizer = optimizer
+        self.operator = operator
+        self.center = control == "loss" if center is None else center
+        self.gradient_scale = gradient_scale
+        self.agreement_every = agreement_every
+        self.ramp = ramp or Ramp()
+        self.sparsity_weight = sparsity_weight
+        self._prune = build_operator(operator, power)
+        self._find_layers(model, budget, min_weights, include, exclude, input_shape, min_density, process_group)
+        model_of_density = DensityModel(len(self.shards), corrected=density == "measured" or control == "track")
+        if control == "loss":
+            self.control: Control = LossControl(
+                self.limits,
+                model_of_density,
+                self.ramp,
+                weight=sparsity_weight,
+                initial_threshold=initial_threshold,
+                lr=threshold_lr,
+                momentum=threshold_momentum,
+                multiplier=multiplier,
+            )
+        else:
+            self.control = TrackControl(
+                self.limits,
+                model_of_density,
+                self.ramp,
+                allocation=allocation,
+                shapes=[tuple(info.parameter.shape) for info in self.pruned_weights],
+                floors=self.floors / self.numel,
+                rate=allocation_rate,
+            )
+        self._start()
+        self._handles = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
+
+    def _find_layers(
+        self,
+        model: nn.Module,
+        budget: Budget | Sequence[Budget],
+        min_weights: int,
+        include: Sequence[str],
+        exclude: Sequence[str],
+        input_shape: Sequence[int] | None,
+        min_density: float,
+        group: dist.ProcessGroup | None,
+    ) -> None:
+        self.weights = find_weights(model, min_weights=min_weights, include=include, exclude=exclude)
+        self.pruned_weights = [info for info in self.weights if not info.reason]
+        if not self.pruned_weights:
+            raise ValueError(
+                f"no layer of {type(model).__name__} can be pruned: it has {len(self.weights)} matrices of weights, and each "
+                f"is excluded or has fewer than min_weights = {min_weights} weights"
+            )
+        self._macs = macs_per_weight(model, self.weights, input_shape) if input_shape is not None else None
+        world_size = dist.get_world_size(group) if dist.is_initialized() else 1
+        self.shards = [LayerShard(info, world_size) for info in self.pruned_weights]
+        self.device = self.shards[0].dense.device
+        self.reducer = RankReducer(self.shards, group, self.device)
+        self.numel = torch.tensor([float(info.numel) for info in self.pruned_weights], dtype=torch.float64)
+        self.costs = self._network_costs(model)
+        budgets = [budget] if isinstance(budget, Budget) else list(budget)
+        self.limits = [one.resolve(self.costs) for one in budgets]
+        self.floors = (self.numel * min_density).ceil().clamp(min=1.0)
+        check_floors(self.limits, self.floors, self.costs.names)
+
+    def _network_costs(self, model: nn.Module) -> NetworkCosts:
+        pruned = {id(info.parameter) for info in self.pruned_weights}
+        others = {id(p): p for p in model.parameters() if id(p) not in pruned}
+        buffers = {id(b): b for b in model.buffers()}
+        macs = None
+        if self._macs is not None:
+            macs = tuple(m for m, info in zip(self._macs, self.weights) if not info.reason)
+        return NetworkCosts(
+            names=tuple(info.name for info in self.pruned_weights),
+            numel=tuple(info.numel for info in self.pruned_weights),
+            macs_per_weight=macs,
+            itemsize=tuple(info.parameter.element_size() for info in self.pruned_weights),
+            other_parameters=sum(p.numel() for p in others.values()),
+            other_macs=sum(m * i.numel for m, i in zip(self._macs or [], self.weights) if i.reason),
+            other_bytes=sum(t.numel() * t.element_size() for t in [*others.values(), *buffers.values()]),
+        )
+
+    def _start(self) -> None:
+        """Prune the model's weights for the first forward pass."""
+        self.steps = 0
+        self.frozen = False
+        self.skipped = 0
+        self._count_from = 0
+        count = len(self.shards)
+        self._local_counts = torch.zeros(count, dtype=torch.float64)
+        self._fresh = torch.zeros(count, dtype=torch.bool)
+        self._products = torch.zeros(count, dtype=torch.float64, device=self.device)
+        self.measured = torch.ones(count, dtype=torch.float64)
+        means, self.sigmas, _, _ = self._statistics()
+        self.thresholds = self.control.start(self.sigmas)
+        self._write_pruned(means)
+        self._refresh_counts()
+
+    # The optimizer's step.
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """Take the thresholds' gradients from the final gradients, and hand the dense weights to the optimizer."""
+        if self.frozen:
+            return
+        scale = getattr(optimizer, "grad_scale", None)  # Fused optimizers unscale the gradients inside their step.
+        thresholds = weight_threshold(self.thresholds, self.sigmas).tolist()
+        products = []
+        for shard, threshold in zip(self.shards, thresholds):
+            shard.check_storage()
+            gradient = shard.flat_gradient()
+            if gradient is None:
+                products.append(torch.zeros((), dtype=torch.float64, device=self.device))
+            else:
+                pruned = shard.flat_pruned()
+                product = pruned_dot(gradient, shard.flat_dense(), pruned, threshold, self.operator)
+                products.append(product.double())
+                scale_pruned_gradient_(gradient, pruned, self.gradient_scale)
+            shard.hand_over_dense()
+        self._products = torch.stack(products)
+        if scale is not None:
+            self._products = self._products / scale.double().to(self.device)
+
+    @torch.no_grad()
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """Move the thresholds, take the layers' statistics and write the pruned weights."""
+        if self.frozen:
+            self._apply_frozen_masks()
+            self._advance()
+            return
+        for shard in self.shards:
+            shard.take_back_dense()
+        means, sigmas, products, counts = self._statistics()
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is not None and float(found_inf) > 0:
+            # A fused optimizer was called, and skipped its update: nothing may move.
+            self.skipped += 1
+            return
+        self._observe_counts(counts)
+        seen = Observation(products, self.sigmas, sigmas, self._learning_rate(), self.steps)
+        self.thresholds = self.control.move(self.thresholds, seen)
+        self.sigmas = sigmas
+        self._write_pruned(means)
+        self._count_some()
+        self._advance()
+
+    def _advance(self) -> None:
+        self.steps += 1
+        freeze_step = self.ramp.freeze_step()
+        if not self.frozen and freeze_step is not None and self.steps >= freeze_step:
+            self.finalize()
+        if self.agreement_every and self.steps % self.agreement_every == 0:
+            self.check_agreement()
+
+    def _learning_rate(self) -> float:
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def _statistics(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Means and standard deviations of the dense weights, and the reduced products and counts: [L] on the CPU.
+
+        This is the step's one all-reduce, and on a GPU its one copy to the host.
+        """
+        sums = [moments(shard.flat_dense()) for shard in self.shards]
+        first = torch.stack([s.double() for s, _ in sums])
+        second = torch.stack([s.double() for _, s in sums])
+        columns = (self._products, first, second, self._local_counts.to(self.device))
+        products, total, squares, counts = torch.stack(self.reducer.reduce(*columns)).cpu()
+        mean = total / self.numel
+        variance = (squares - self.numel * mean.square()) / (self.numel - 1.0).clamp(min=1.0)
+        return mean, variance.clamp_min(0.0).sqrt(), products, counts.round()
+
+    def _write_pruned(self, means: Tensor) -> None:
+        thresholds = weight_threshold(self.thresholds, self.sigmas).tolist()
+        for shard, mean, threshold in zip(self.shards, means.tolist(), thresholds):
+            dense = shard.flat_dense()
+            if self.center:
+                dense.sub_(mean)
+            self._prune(dense, threshold, shard.flat_pruned())
+
+    # Counting. A count takes a pass over the weights, so each step counts some layers only, in turn, and they are reduced
+    # with the next step's all-reduce.
+
+    def _count_some(self) -> None:
+        quota = max(2_000_000.0, float(self.numel.sum()) / 8)
+        self._fresh.zero_()
+        while quota > 0 and not bool(self._fresh[self._count_from]):
+            index = self._count_from
+            self._fresh[index] = True
+            self._local_counts[index] = float(torch.count_nonzero(self.shards[index].pruned))
+            quota -= float(self.numel[index])
+            self._count_from = (index + 1) % len(self.shards)
+
+    def _observe_counts(self, counts: Tensor) -> None:
+        self.measured = torch.where(self._fresh, counts / self.numel, self.measured)
+        self.control.model.observe(self.thresholds, self.measured, self._fresh)
+
+    def _refresh_counts(self) -> None:
+        """Count every layer now; a collective."""
+        local_counts = [float(torch.count_nonzero(shard.pruned)) for shard in self.shards]
+        self._local_counts = torch.tensor(local_counts, dtype=torch.float64)
+        (counts,) = self.reducer.reduce(self._local_counts.to(self.device))
+        self._fresh.fill_(True)
+        self._observe_counts(counts.cpu().round())
+
+    # The end: exact budget, frozen mask.
+
+    @torch.no_grad()
+    def finalize(self) -> None:
+        """Project onto the budget exactly and freeze the mask; the remaining weights go on training. Does nothing twice.
+
+        Weights are ordered by |w| / b over the network, as the learned thresholds express it; see `projection.keep_counts`.
+        From here on `dense` keeps, of the dense weights, those that the mask removed, and zero elsewhere.
+        """
+        if self.frozen:
+            return
+        magnitudes = projection.SortedMagnitudes(self.shards, self.reducer)
+        thresholds = weight_threshold(self.thresholds, self.sigmas)
+        kept = projection.keep_counts(magnitudes, thresholds, self.limits, self.floors)
+        tiny = {}
+        for shard, mask in zip(self.shards, projection.keep_masks(magnitudes, kept)):
+            dense, pruned = shard.flat_dense(), shard.flat_pruned()
+            tiny[dense.dtype] = torch.finfo(dense.dtype).tiny
+            # The forward pass goes on with the weights that the operator made; where it had none, with the dense ones.
+            pruned.copy_(torch.where(mask, torch.where(pruned == 0, dense, pruned), 0.0))
+            pruned.masked_fill_(mask & (pruned == 0), tiny[dense.dtype])
+            dense.masked_fill_(mask, 0.0)
+            dense.masked_fill_(~mask & (dense == 0), tiny[dense.dtype])
+        self.frozen = True
+        self._refresh_counts()
+
+    def _apply_frozen_masks(self) -> None:
+        for shard in self.shards:
+            shard.flat_pruned().masked_fill_(shard.flat_dense() != 0, 0.0)
+
+    @contextmanager
+    def dense(self, names: Sequence[str] | None = None) -> Iterator[None]:
+        """Put the dense weights in place, of all layers or of the named ones, while the context lasts.
+
+        After `finalize` the dense weights are the trained ones, with the removed ones as they were when the mask was frozen.
+        """
+        chosen = [s for s in self.shards if names is None or s.info.name in names]
+        kept = [shard.pruned.clone() for shard in chosen]
+        with torch.no_grad():
+            for shard in chosen:
+                shard.pruned.copy_(shard.pruned + shard.dense if self.frozen else shard.dense)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for shard, values in zip(chosen, kept):
+                    shard.pruned.copy_(values)
+
+    @torch.no_grad()
+    def apply_masks_(self, other: nn.Module) -> None:
+        """Zero, in a model of the same architecture (an average of the weights, say), every weight that is pruned here."""
+        theirs = dict(other.named_parameters())
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        for shard in self.shards:
+            parameter = theirs[names[id(shard.parameter)]]
+            local(parameter.data).masked_fill_(shard.pruned == 0, 0.0)
+
+    @torch.no_grad()
+    def check_agreement(self) -> None:
+        """Compare thresholds, and checksums of replicated weights, over the ranks; a collective.
+
+        Raises:
+            RuntimeError: ranks differ; names the first layer that does.
+        """
+        sums = [
+            0.0 if shard.sharded else float(_checksum(flat(shard.pruned))) for shard in self.shards
+        ]  # Integers below 2^53, exact in float64.
+        mine = torch.stack([self.thresholds, torch.tensor(sums, dtype=torch.float64)]).to(self.device)
+        spread = self.reducer.spread(mine).cpu()
+        for what, row in zip(("thresholds", "weights"), spread):
+            if bool((row != 0).any()):
+                name = self.costs.names[int((row != 0).nonzero()[0])]
+                raise RuntimeError(f"ranks disagree: layer {name!r} has different {what} after step {self.steps}")
+
+    # State.
+
+    @torch.no_grad()
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resumed run needs beside the model's own state: plain types and tensors of whole layers.
+
+        Independent of the world size and of sharding; a collective under FSDP2.
+        """
+        return {
+            "steps": self.steps,
+            "frozen": self.frozen,
+            "skipped": self.skipped,
+            "thresholds": self.thresholds.clone(),
+            "sigmas": self.sigmas.clone(),
+            "measured": self.measured.clone(),
+            "fresh": self._fresh.clone(),
+            "count_from": self._count_from,
+            "control": self.control.state_dict(),
+            "dense": {s.info.name: s.gather(s.dense).detach().clone() for s in self.shards},
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore `state_dict`; the model's own state must be loaded before.
+
+        Raises:
+            ValueError: the state is of other layers.
+        """
+        if list(state["dense"]) != list(self.costs.names):
+            different = sorted(set(state["dense"]) ^ set(self.costs.names)) or ["(another order)"]
+            raise ValueError(f"the pruner's state is of other layers; first difference: {different[0]!r}")
+        for shard in self.shards:
+            shard.scatter_(state["dense"][shard.info.name].to(self.device), shard.dense)
+        self.steps, self.frozen, self.skipped = state["steps"], state["frozen"], state["skipped"]
+        self.thresholds, self.sigmas = state["thresholds"].clone(), state["sigmas"].clone()
+        self.measured, self._count_from = state["measured"].clone(), state["count_from"]
+        self.control.load_state_dict(state["control"])
+        counts = [float(torch.count_nonzero(shard.pruned)) for shard in self.shards]
+        self._local_counts = torch.tensor(counts, dtype=torch.float64)
+        self._fresh = state["fresh"].clone()
+
+    def remove(self) -> None:
+        """Take the hooks off the optimizer; the model stays as it is."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    # What `Report` asks for.
+
+    def sparsity_loss(self) -> float:
+        """λ·(sum of the budgets' losses) at the current thresholds."""
+        densities = self.control.model.density(self.thresholds)
+        targets = self.control.targets(self.steps)
+        return self.sparsity_weight * sum(
+            float(sparsity_loss(limit, densities, t).value) for limit, t in zip(self.limits, targets)
+        )
+
+    def predicted(self) -> Tensor:
+        """Densities [L] that the Gaussian model predicts, as published (r not clamped)."""
+        return gaussian_density(self.thresholds)
+
+    def rows_of(self, macs: Sequence[float] | None) -> list[PrunedLayer]:
+        """The pruned layers with their current numbers."""
+        predicted = 1.0 - self.predicted()
+        return [
+            PrunedLayer(
+                name=info.name,
+                kind=info.kind,
+                shape=tuple(info.parameter.shape),
+                numel=info.numel,
+                macs=None if macs is None else macs[i] * info.numel,
+                threshold=float(self.thresholds[i]),
+                sigma=float(self.sigmas[i]),
+                predicted_sparsity=float(predicted[i]),
+                measured_sparsity=1.0 - float(self.measured[i]),
+            )
+            for i, info in enumerate(self.pruned_weights)
+        ]
+
+
+def _checksum(values: Tensor) -> Tensor:
+    """An order-dependent integer of the bits of a flat tensor, below 2^52."""
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
+    return values.view(integers).to(torch.int64).sum() % (1 << 52)

@@ -1,0 +1,171 @@
+"""The prunable weights as one rank holds them, and the one all-reduce per step that makes every rank see the same numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
+
+from asp_dist.pruning.layers import WeightInfo
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor: the shard of a DTensor, or the tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """A one-dimensional view of a dense tensor in the order of its storage, whatever its memory format.
+
+    Raises:
+        ValueError: the tensor has gaps or overlaps in memory.
+    """
+    if tensor.is_contiguous():
+        return tensor.view(-1)
+    if not torch.ops.aten.is_non_overlapping_and_dense(tensor):
+        raise ValueError(f"a weight of shape {tuple(tensor.shape)} and strides {tensor.stride()} has gaps in memory")
+    return tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
+
+
+class LayerShard:
+    """One prunable parameter on this rank: the model's own tensor, which is pruned, and the dense weights beside it.
+
+    A replicated parameter (one process, DDP) exchanges storages around the optimizer's step, which copies nothing. FSDP2 keeps
+    references of its own to its shards, so there the values are copied in place.
+
+    Attributes:
+        info: the weight in the model.
+        dense: the dense weights, in the parameter's local shape and memory format.
+        pruned: the tensor that the forward pass uses.
+        replication: on how many ranks of the world each weight of this layer is held.
+    """
+
+    def __init__(self, info: WeightInfo, world_size: int) -> None:
+        self.info = info
+        parameter = info.parameter
+        self.sharded = isinstance(parameter, DTensor)
+        self.pruned = local(parameter.data)
+        self.dense = self.pruned.clone()
+        self.shard_group: dist.ProcessGroup | None = None
+        shards = 1
+        if isinstance(parameter, DTensor):
+            for mesh_dim, placement in enumerate(parameter.placements):
+                if isinstance(placement, Shard):
+                    if placement.dim != 0 or self.shard_group is not None:
+                        raise ValueError(f"layer {info.name!r}: only sharding along dimension 0 is supported")
+                    self.shard_group = parameter.device_mesh.get_group(mesh_dim)
+                    shards = parameter.device_mesh.size(mesh_dim)
+        self.replication = world_size / shards
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The model's parameter."""
+        return self.info.parameter
+
+    def flat_dense(self) -> Tensor:
+        """The dense weights of this rank, one-dimensional, sharing memory."""
+        return flat(self.dense)
+
+    def flat_pruned(self) -> Tensor:
+        """The pruned weights of this rank, one-dimensional, sharing memory."""
+        return flat(self.pruned)
+
+    def flat_gradient(self) -> Tensor | None:
+        """The parameter's gradient in the memory order of `flat_dense`; None where there is none.
+
+        Raises:
+            ValueError: the gradient is sparse.
+        """
+        gradient = self.parameter.grad
+        if gradient is None:
+            return None
+        gradient = local(gradient)
+        if gradient.layout is not torch.strided:
+            raise ValueError(f"layer {self.info.name!r}: sparse gradients cannot be pruned; exclude the layer")
+        if gradient.stride() != self.dense.stride():
+            aligned = torch.empty_like(self.dense)
+            aligned.copy_(gradient)
+            gradient = aligned
+        return flat(gradient)
+
+    def check_storage(self) -> None:
+        """Raise `RuntimeError` if the parameter's storage was replaced behind the pruner's back (by ``model.to``, say)."""
+        if not self.sharded and self.parameter.data_ptr() != self.pruned.data_ptr():
+            raise RuntimeError(
+                f"layer {self.info.name!r}: its parameter was moved or converted after the Pruner was built; "
+                "move the model to its device and type first"
+            )
+
+    def hand_over_dense(self) -> None:
+        """Make the parameter hold the dense weights, as the optimizer expects them."""
+        if self.sharded:
+            self.pruned.copy_(self.dense)
+        else:
+            self.parameter.data = self.dense
+
+    def take_back_dense(self) -> None:
+        """Take the dense weights back from the parameter, which then holds the pruned ones again."""
+        if self.sharded:
+            self.dense.copy_(self.pruned)
+        else:
+            self.parameter.data = self.pruned
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """A tensor of the local shape as the whole parameter's, on every rank; a collective where it is sharded."""
+        parameter = self.parameter
+        if not isinstance(parameter, DTensor):
+            return tensor
+        whole = DTensor.from_local(
+            tensor, parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride()
+        )
+        return whole.full_tensor()
+
+    def scatter_(self, whole: Tensor, into: Tensor) -> None:
+        """Write this rank's part of a tensor of the whole parameter's shape into `into`."""
+        if whole.shape != self.parameter.shape:
+            raise ValueError(
+                f"layer {self.info.name!r}: a tensor of shape {tuple(whole.shape)} does not fit "
+                f"its weights of shape {tuple(self.parameter.shape)}"
+            )
+        if not isinstance(self.parameter, DTensor):
+            into.copy_(whole)
+            return
+        group = self.shard_group
+        assert group is not None
+        rows = -(-whole.shape[0] // dist.get_world_size(group))
+        start = min(dist.get_rank(group) * rows, whole.shape[0])
+        into.copy_(whole[start : start + into.shape[0]])
+
+
+class RankReducer:
+    """Makes per-layer numbers the same on every rank, by one all-reduce of one packed float64 vector.
+
+    Each rank adds what it holds, divided by the number of ranks that hold the same weights: replicated values are thereby
+    averaged and sharded ones summed. Alone, nothing is communicated.
+    """
+
+    def __init__(self, shards: Sequence[LayerShard], group: dist.ProcessGroup | None, device: torch.device) -> None:
+        self.group = group
+        self.world_size = dist.get_world_size(group) if dist.is_initialized() else 1
+        self.share = torch.tensor([1.0 / s.replication for s in shards], dtype=torch.float64, device=device)
+        self.calls = 0
+
+    def reduce(self, *columns: Tensor) -> list[Tensor]:
+        """Reduce float64 vectors of one number per layer, together; integers stay exact below 2^53 after rounding."""
+        if self.world_size == 1:
+            return list(columns)
+        packed = torch.stack([column * self.share for column in columns])
+        dist.all_reduce(packed, group=self.group)
+        self.calls += 1
+        return list(packed.unbind())
+
+    def spread(self, values: Tensor) -> Tensor:
+        """max − min over ranks of each number, to prove that ranks agree: zeros when they do."""
+        if self.world_size == 1:
+            return torch.zeros_like(values)
+        packed = torch.stack([values, -values])
+        dist.all_reduce(packed, op=dist.ReduceOp.MAX, group=self.group)
+        return packed[0] + packed[1]
