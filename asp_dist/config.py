@@ -320,7 +320,8 @@ class PruningConfig:
         ramp_start: share of the training at which the ramp starts.
         ramp_end: share of the training at which the target is reached.
         freeze_at: share of the training at which the exact budget is projected onto and the mask frozen.
-        allocation: the layers' sparsities at the start: ``uniform``, ``magnitude`` or ``erk``.
+        allocation: where the allocation between layers starts (``track``): ``uniform``, ``magnitude`` or ``erk``.
+        allocation_rate: how fast the task's gradient moves the allocation (``track``); 0 keeps the starting one.
         min_density: floor on each layer's density.
         min_weights: layers with fewer weights stay dense.
         include: globs on layer names; empty: all.
@@ -341,7 +342,8 @@ class PruningConfig:
     ramp_start: float = 0.0
     ramp_end: float = 0.5
     freeze_at: float = 0.75
-    allocation: Literal["uniform", "magnitude", "erk"] = "uniform"
+    allocation: Literal["uniform", "magnitude", "erk"] = "magnitude"
+    allocation_rate: float = 0.003
     min_density: float = 0.001
     min_weights: int = 1000
     include: tuple[str, ...] = ()
