@@ -1,0 +1,146 @@
+"""What a running job shows in a terminal: one calm live screen; elsewhere a few plain lines, JSON rows, or nothing."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import IO, Any, Literal
+
+from rich.console import Console as RichConsole
+from rich.console import Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from asp_dist.config import Config
+from asp_dist.tracking.metrics import kind_of
+
+Style = Literal["auto", "live", "plain", "json", "quiet"]
+
+PLAIN_EVERY_S = 60.0
+NOTES = 4  # events shown on the live screen
+WARNINGS = ("warning", "skipped_step", "tracking")
+
+
+class Console:
+    """Shows a run from its rows (those of ``metrics.jsonl``), in whatever process they arrive.
+
+    Args:
+        config: the run's configuration.
+        total_steps: optimizer steps of the whole run; None until known.
+        style: ``auto`` is ``live`` in a terminal and ``plain`` elsewhere; ``json`` prints each row on one line of the
+            standard output; ``quiet`` prints nothing.
+        file: where to write instead of the standard error (``live``, ``plain``) or output (``json``).
+    """
+
+    def __init__(
+        self, config: Config, total_steps: int | None = None, *, style: Style = "auto", file: IO[str] | None = None
+    ) -> None:
+        self.config = config
+        self.total_steps = total_steps
+        self._out = file or (sys.stdout if style == "json" else sys.stderr)
+        self._rich = RichConsole(file=self._out, highlight=False, soft_wrap=style != "live")
+        self.style = style if style != "auto" else ("live" if self._rich.is_terminal else "plain")
+        self._values: dict[str, Any] = {}
+        self._notes: list[str] = []
+        self._first: tuple[int, float] | None = None
+        self._printed = 0.0
+        self._live: Live | None = None
+
+    def update(self, row: dict[str, Any]) -> None:
+        """Show a row. Rows of all kinds are welcome; unknown keys are ignored."""
+        if self.style == "quiet":
+            return
+        if self.style == "json":
+            print(json.dumps(row), file=self._out, flush=True)
+            return
+        kind = kind_of(row)
+        self._values.update({key: value for key, value in row.items() if value is not None})
+        if self._first is None and kind == "train":
+            self._first = (int(row["step"]), float(row.get("time", time.time())))
+        if kind == "event":
+            self._note(row)
+        if self.style == "live":
+            self._draw()
+        elif kind == "eval" or (kind == "train" and time.monotonic() - self._printed >= PLAIN_EVERY_S):
+            self._printed = time.monotonic()
+            self._rich.print(self._line())
+
+    def _note(self, row: dict[str, Any]) -> None:
+        """Remember an event for the screen; print warnings, and a resumption, as lines."""
+        event, message = str(row.get("event")), str(row.get("message", ""))
+        self._notes = [*self._notes, f"step {row.get('step', '?')}  {event}: {message}"][-NOTES:]
+        if event == "resume":
+            self._first = None
+        if self.style == "plain" and event in (*WARNINGS, "resume"):
+            self._rich.print(message or event, markup=False)
+
+    def close(self) -> None:
+        """Leave the terminal as it was; the last state stays readable above."""
+        if self._live:
+            self._live.stop()
+            self._live = None
+
+    def __enter__(self) -> Console:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def time_left(self) -> float | None:
+        """Seconds until the last step at the pace so far, evaluations included; None while unknown."""
+        step, now = self._values.get("step"), self._values.get("time")
+        if self._first is None or not self.total_steps or step is None or now is None or step <= self._first[0]:
+            return None
+        pace = (now - self._first[1]) / (step - self._first[0])
+        return max(0.0, pace * (self.total_steps - step))
+
+    def _line(self) -> str:
+        """One plain line of the state."""
+        return "  ".join(f"{name} {value}" for name, value in self._shown().items() if value != "-")
+
+    def _shown(self) -> dict[str, str]:
+        """Name and printed value of everything on the screen, in order."""
+        v = self._values
+        epochs, total = self.config.schedule.epochs, self.total_steps
+        target = v.get("sparsity/target")
+        measured = _percent(v.get("sparsity/measured"), 2)
+        left = self.time_left()
+        return {
+            "epoch": f"{v['epoch']:.1f}/{epochs}" if "epoch" in v else "-",
+            "step": f"{v['step']}/{total}" if "step" in v and total else str(v.get("step", "-")),
+            "loss": f"{v['train/loss']:.4f}" if "train/loss" in v else "-",
+            "top-1": _percent(v.get("val/top1"), 2),
+            "sparsity": f"{measured} of {_percent(target, 2)}" if target is not None else measured,
+            "images/s": f"{v['train/images_per_second']:,.0f}" if "train/images_per_second" in v else "-",
+            "left": duration(left) if left is not None else "-",
+        }
+
+    def _draw(self) -> None:
+        """Refresh the live screen."""
+        table = Table.grid(padding=(0, 3))
+        shown = self._shown()
+        table.add_row(*(Text(name, style="dim") for name in shown))
+        table.add_row(*(Text(value, style="bold") for value in shown.values()))
+        done, total = self._values.get("step", 0), self.total_steps
+        bar = ProgressBar(total=total or 1, completed=min(done, total) if total else 0, width=min(72, self._rich.width))
+        title = Text.assemble((self.config.name, "bold cyan"), f"  {self.config.model.name}")
+        screen = Group(title, bar, table, *(Text(note, style="dim", overflow="ellipsis") for note in self._notes))
+        if self._live is None:
+            self._live = Live(screen, console=self._rich, refresh_per_second=4, transient=False)
+            self._live.start()
+        self._live.update(screen)
+
+
+def _percent(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}%}"
+
+
+def duration(seconds: float) -> str:
+    """``1 h 05 min``, ``3 min 20 s`` or ``12 s``."""
+    whole = int(seconds + 0.5)
+    if whole >= 3600:
+        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    return f"{whole // 60} min {whole % 60:02d} s" if whole >= 60 else f"{whole} s"

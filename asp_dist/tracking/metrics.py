@@ -1,0 +1,130 @@
+"""``metrics.jsonl``: one JSON row per line, the run's own record whatever else watches it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def plain(value: Any) -> Any:
+    """`value` as a strict JSON type: numpy and torch scalars become numbers, what is not finite becomes None."""
+    if isinstance(value, str | bool | int) or value is None:
+        return value
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, int):
+        return value
+    return float(value) if math.isfinite(float(value)) else None
+
+
+def kind_of(row: Row) -> str:
+    """The row's own ``kind``, or the one that its keys show: ``event``, ``eval`` or ``train``."""
+    if "kind" in row:
+        return str(row["kind"])
+    if "event" in row:
+        return "event"
+    return "eval" if any(key.startswith("val/") for key in row) else "train"
+
+
+def parse(line: str) -> Row | None:
+    """The row on `line`, or None where the line is not a whole row (cut by a kill)."""
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return row if isinstance(row, dict) and "step" in row else None
+
+
+def read_rows(path: Path) -> list[Row]:
+    """All whole rows of a metrics file, oldest first; none if there is no file."""
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8") as lines:
+        return [row for row in map(parse, lines) if row is not None]
+
+
+class MetricsFile:
+    """Appends rows to ``metrics.jsonl`` and flushes each, so that a kill loses none that was written.
+
+    Opening it drops the rows after `resume_step`, which the resumed run writes again, and a half-written last line.
+    A train or eval row whose step is not above the last one of its kind is dropped: no step appears twice.
+    """
+
+    def __init__(self, path: Path, resume_step: int = 0) -> None:
+        self.path = path
+        self.kept = _truncate(path, resume_step)
+        self.last_step: dict[str, int] = {}
+        for row in self.kept:
+            self.last_step[kind_of(row)] = int(row["step"])
+        self._file = path.open("a", encoding="utf-8")
+
+    def append(self, step: int, row: Row) -> Row | None:
+        """Write `row` at `step`; returns the row as written, or None where that step of that kind stands already."""
+        kind = kind_of(row)
+        if kind != "event" and step <= self.last_step.get(kind, -1):
+            return None
+        self.last_step[kind] = step
+        written = {"step": step, "kind": kind, "time": round(time.time(), 3), **{k: plain(v) for k, v in row.items()}}
+        self._file.write(json.dumps(written, allow_nan=False) + "\n")
+        self._file.flush()
+        return written
+
+    def close(self) -> None:
+        """Write through to the disk and close; a second call does nothing."""
+        if not self._file.closed:
+            os.fsync(self._file.fileno())
+            self._file.close()
+
+
+def _truncate(path: Path, resume_step: int) -> list[Row]:
+    """Cut the file at the first row that is broken or lies after `resume_step`; return the rows before it."""
+    kept: list[Row] = []
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return kept
+    end = 0
+    with path.open("rb") as file:
+        for line in file:
+            row = parse(line.decode("utf-8", errors="replace"))
+            if row is None or not line.endswith(b"\n") or row["step"] > resume_step:
+                break
+            kept.append(row)
+            end += len(line)
+    os.truncate(path, end)
+    return kept
+
+
+class Tail:
+    """Follows a growing ``metrics.jsonl``: each `read` gives the whole rows that came since the last one.
+
+    A resumed run cuts rows off and writes them again; these are given again.
+    """
+
+    def __init__(self, path: Path, *, from_end: bool = False) -> None:
+        self.path = path
+        self._position = path.stat().st_size if from_end and path.exists() else 0
+
+    def read(self) -> list[Row]:
+        """Rows since the last call, oldest first; an unfinished last line waits for the next call."""
+        try:
+            with self.path.open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                self._position = min(self._position, size)
+                file.seek(self._position)
+                data = file.read()
+        except FileNotFoundError:
+            return []
+        whole = data[: data.rfind(b"\n") + 1]
+        self._position += len(whole)
+        rows = (parse(line) for line in whole.decode("utf-8", errors="replace").splitlines())
+        return [row for row in rows if row is not None]

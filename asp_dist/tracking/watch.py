@@ -1,0 +1,43 @@
+"""What a run's rows show that its user should be told at once."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+Alert = tuple[str, str]
+
+STARVED_SHARE = 0.5  # of a step's time spent waiting for images
+STARVED_ROWS = 5  # such rows in a row
+BUDGET_TOLERANCE = 5e-4
+
+
+class Watch:
+    """Looks at rows as they are logged; each kind of trouble is reported once until it has gone."""
+
+    def __init__(self) -> None:
+        self._bad_loss = False
+        self._starved = 0
+
+    def row(self, row: dict[str, Any]) -> list[Alert]:
+        """Alerts that `row` gives rise to: a loss that is not finite, workers that wait for images."""
+        alerts: list[Alert] = []
+        if "train/loss" in row:
+            bad = row["train/loss"] is None or not math.isfinite(row["train/loss"])
+            if bad and not self._bad_loss:
+                alerts.append(("Loss is not finite", f"train/loss = {row['train/loss']}"))
+            self._bad_loss = bad
+        if row.get("time/step"):
+            share = row.get("time/data", 0.0) / row["time/step"]
+            self._starved = self._starved + 1 if share > STARVED_SHARE else 0
+            if self._starved == STARVED_ROWS:
+                text = f"workers wait for images during {share:.0%} of a step; raise data.threads or data.prefetch"
+                alerts.append(("Input is stalled", text))
+        return alerts
+
+    def summary(self, summary: dict[str, Any]) -> list[Alert]:
+        """Alerts at the end: the budget was missed."""
+        measured, target = summary.get("sparsity"), summary.get("target_sparsity")
+        if measured is None or target is None or measured >= target - BUDGET_TOLERANCE:
+            return []
+        return [("Budget missed", f"sparsity {measured:.4%} of the prunable weights, budget {target:.4%}")]
