@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,24 +21,31 @@ class PipelineRun:
     """A DALI pipeline run for exactly `batches` batches: none is worked ahead that nobody takes.
 
     Args:
-        pipeline: a DALI pipeline whose outputs are images and positions.
+        pipeline: a built DALI pipeline whose outputs are images and positions.
         batches: how many batches will be taken.
         prefetch: the depth of the pipeline's queue, `batches` at most.
+        tar: whether the pipeline reads shards.
     """
 
-    def __init__(self, pipeline: Any, batches: int, prefetch: int) -> None:
-        self.pipeline, self.batches, self.prefetch = pipeline, batches, prefetch
+    def __init__(self, pipeline: Any, batches: int, prefetch: int, tar: bool) -> None:
+        self.pipeline, self.batches, self.prefetch, self.tar = pipeline, batches, prefetch, tar
         self.taken = 0
-        pipeline.build()
 
     def next(self) -> tuple[Tensor, IndexArray]:
         """Images float32 [B, 3, H, W] on the pipeline's device, and their positions in the file list, int64 [B]."""
         if self.taken + self.prefetch <= self.batches:
             self.pipeline.schedule_run()  # the first call schedules `prefetch` batches
-        images, positions = self.pipeline.outputs()
+        images, places = self.pipeline.outputs()
         self.taken += 1
         tensor: Tensor = from_dlpack(images.as_tensor())
-        return tensor, np.array(positions.as_tensor()).reshape(-1).astype(np.int64)
+        from asp_dist.data.readers import positions
+
+        return tensor, positions(places, self.tar)
+
+
+def dali_device(options: Options) -> str:
+    """Where DALI decodes and augments: ``gpu`` or ``cpu``."""
+    return "gpu" if options.device.type == "cuda" else "cpu"
 
 
 def pipeline_options(options: Options, batch: int, batches: int) -> dict[str, Any]:
@@ -73,23 +79,27 @@ class DaliTrain(TrainLoader):
             return None
         return base64.b64encode(self._run.pipeline.checkpoint()).decode()
 
-    def _pipeline(self, part: IndexArray, epoch: int, state: str | None, batches: int) -> Any:
+    def _open(self, part: IndexArray, epoch: int, state: str | None, batches: int) -> PipelineRun:
         from asp_dist.data.graph import train_pipeline
+        from asp_dist.data.readers import reader_of
 
         assert self.samples is not None
         options = self.options
         key = [options.seed % 2**64, epoch, options.rank, self._first_step]
-        return train_pipeline(
-            self.samples.names.take(part),
-            os.fspath(self.samples.root),
-            options.spec_in(epoch),
-            options.augment,
-            "gpu" if options.device.type == "cuda" else "cpu",
-            seed=int(np.random.SeedSequence(key).generate_state(1)[0] >> 1),
-            enable_checkpointing=True,
-            checkpoint=None if state is None else base64.b64decode(state),
-            **pipeline_options(options, self.plan.micro, batches),
-        )
+        arguments = pipeline_options(options, self.plan.micro, batches)
+        with reader_of(self.samples, part) as reader:
+            pipeline = train_pipeline(
+                reader,
+                options.spec_in(epoch),
+                options.augment,
+                dali_device(options),
+                seed=int(np.random.SeedSequence(key).generate_state(1)[0] >> 1),
+                enable_checkpointing=True,
+                checkpoint=None if state is None else base64.b64decode(state),
+                **arguments,
+            )
+            pipeline.build()
+        return PipelineRun(pipeline, batches, arguments["prefetch_queue_depth"], reader.tar)
 
     def _batches(self, epoch: int, step: int, pipeline: str | None) -> Iterator[Batch]:
         assert self.samples is not None
@@ -98,9 +108,7 @@ class DaliTrain(TrainLoader):
         batches = len(part) // micro - skip
         if batches == 0:
             return
-        self._run = run = PipelineRun(
-            self._pipeline(part, epoch, pipeline, batches), batches, min(self.options.prefetch, batches)
-        )
+        self._run = run = self._open(part, epoch, pipeline, batches)
         labels = torch.from_numpy(self.samples.labels)
         for start in range(skip * micro, len(part), micro):
             wanted = part[start : start + micro]
@@ -123,20 +131,18 @@ class DaliVal(ValLoader):
 
     def _batches(self) -> Iterator[Batch]:
         from asp_dist.data.graph import val_pipeline
+        from asp_dist.data.readers import reader_of
 
         assert self.samples is not None
         part, size = self.part, self.batch_size
         batches = -(-len(part) // size)
         if batches == 0:
             return
-        pipeline = val_pipeline(
-            self.samples.names.take(part),
-            os.fspath(self.samples.root),
-            self.options.spec,
-            "gpu" if self.options.device.type == "cuda" else "cpu",
-            **pipeline_options(self.options, size, batches),
-        )
-        run = PipelineRun(pipeline, batches, min(self.options.prefetch, batches))
+        arguments = pipeline_options(self.options, size, batches)
+        with reader_of(self.samples, part) as reader:
+            pipeline = val_pipeline(reader, self.options.spec, dali_device(self.options), **arguments)
+            pipeline.build()
+        run = PipelineRun(pipeline, batches, arguments["prefetch_queue_depth"], reader.tar)
         labels = torch.from_numpy(self.samples.labels)
         for start in range(0, len(part), size):
             wanted = part[start : start + size]

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from asp_dist.config import UserError
+from asp_dist.data.manifest import write_classes
 
 SIDE, BORDER = 32, 4
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -43,7 +44,7 @@ def prepare_digits(target: str | Path) -> Path:
             num_val = round(len(members) / 5)
             _write(digits.images, shuffled[:num_val], aside / "val" / str(digit))
             _write(digits.images, shuffled[num_val:], aside / "train" / str(digit))
-        (aside / "classes.tsv").write_text("".join(f"{i}\t{name}\n" for i, name in enumerate(NAMES)))
+        write_classes(aside, tuple(map(str, range(10))), NAMES)
         aside.chmod(0o755)
         if target.is_dir():
             target.rmdir()

@@ -9,6 +9,7 @@ from nvidia.dali.auto_aug import auto_augment, rand_augment, trivial_augment
 
 from asp_dist.config import AugmentConfig
 from asp_dist.data.images import ImageSpec
+from asp_dist.data.readers import Reader
 
 INTERPOLATION = {
     "nearest": types.INTERP_NN,
@@ -113,16 +114,14 @@ def val_images(encoded: Any, spec: ImageSpec, device: str) -> Any:
 
 
 @pipeline_def(enable_conditionals=True)  # type: ignore[untyped-decorator]
-def train_pipeline(files: list[str], root: str, spec: ImageSpec, augment: AugmentConfig, device: str) -> Any:
-    """Training images float32 [B, 3, H, W] and their positions in `files`, int32 [B, 1]."""
-    encoded, position = fn.readers.file(files=files, file_root=root, labels=list(range(len(files))), name="reader")
+def train_pipeline(reader: Reader, spec: ImageSpec, augment: AugmentConfig, device: str) -> Any:
+    """Training images float32 [B, 3, H, W], and the reader's positions."""
+    encoded, position = reader()
     return train_images(encoded, spec, augment, device), position
 
 
 @pipeline_def  # type: ignore[untyped-decorator]
-def val_pipeline(files: list[str], root: str, spec: ImageSpec, device: str) -> Any:
-    """Validation images float32 [B, 3, H, W] and their positions in `files`, int32 [B, 1]; the last batch is padded."""
-    encoded, position = fn.readers.file(
-        files=files, file_root=root, labels=list(range(len(files))), pad_last_batch=True, name="reader"
-    )
+def val_pipeline(reader: Reader, spec: ImageSpec, device: str) -> Any:
+    """Validation images float32 [B, 3, H, W], and the reader's positions; the last batch is padded."""
+    encoded, position = reader(pad=True)
     return val_images(encoded, spec, device), position

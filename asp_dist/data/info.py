@@ -7,7 +7,9 @@ from pathlib import Path
 
 from asp_dist.config import DataConfig, UserError, check
 from asp_dist.data.folder import class_folders, scan_folder
+from asp_dist.data.manifest import manifest_path, read_classes, read_manifest
 from asp_dist.data.samples import Samples
+from asp_dist.data.shards import read_shards, shard_files
 
 
 @dataclass(frozen=True)
@@ -39,18 +41,25 @@ class DataSet:
 
 
 def class_names(root: Path, classes: tuple[str, ...]) -> tuple[str, ...]:
-    """The classes for people: from ``classes.tsv`` under `root` (lines ``id<TAB>name``), else timm's synset names."""
-    table = root / "classes.tsv"
+    """The classes for people: from ``classes.tsv`` under `root`, else timm's names of synsets, else the ids."""
+    table = read_classes(root)
     known: dict[str, str] = {}
-    if table.is_file():
-        lines = table.read_text(encoding="utf-8").splitlines()
-        known = dict(line.split("\t", 1) for line in lines if "\t" in line)
+    if table is not None:
+        known = dict(zip(*table))
     elif all(len(c) == 9 and c[0] == "n" and c[1:].isdigit() for c in classes):
         from timm.data.imagenet_info import ImageNetInfo
 
-        info = ImageNetInfo("imagenet-22k")
-        known = {c: info.label_name_to_description(c) for c in classes if c in set(info.label_names())}
+        synsets = ImageNetInfo("imagenet-22k")
+        listed = set(synsets.label_names())
+        known = {c: synsets.label_name_to_description(c) for c in classes if c in listed}
     return tuple(known.get(c, c) for c in classes)
+
+
+def detect_format(root: Path, split: str) -> str:
+    """How `split` is laid out under `root`: a manifest goes before shards, and shards before class folders."""
+    if manifest_path(root, split) is not None:
+        return "manifest"
+    return "shards" if shard_files(root, split) else "folder"
 
 
 def open_data_set(data: DataConfig) -> DataSet:
@@ -64,15 +73,35 @@ def open_data_set(data: DataConfig) -> DataSet:
         raise UserError(
             f"data.root = {data.root}: there is no such folder. `asp-dist prepare digits` writes a small data set"
         )
-    classes = class_folders(root / data.train)
-    check(bool(classes), f"data: {root / data.train} is empty: expected one folder per class")
-    check(
-        len(classes) > 1,
-        f"data: {root / data.train} has one class folder ({classes[0]}): classification needs at least two classes",
-    )
-    train, val = scan_folder(root / data.train, classes), scan_folder(root / data.val, classes)
-    info = DataInfo(len(train), len(val), classes, class_names(root, classes), "folder")
-    return DataSet(info, train, val)
+    kind = detect_format(root, data.train) if data.format == "auto" else data.format
+    if kind == "folder":
+        classes = class_folders(root / data.train)
+        check(bool(classes), f"data: {root / data.train} is empty: expected one folder per class")
+        _check_classes(root / data.train, classes)
+        names = class_names(root, classes)
+        train, val = scan_folder(root / data.train, classes), scan_folder(root / data.val, classes)
+    else:
+        table = read_classes(root)
+        limit = None if table is None else len(table[0])
+        train, val = (_open_split(kind, root, split, limit) for split in (data.train, data.val))
+        count = max(int(train.labels.max()), int(val.labels.max())) + 1
+        classes = tuple(str(i) for i in range(count)) if table is None else table[0]
+        names = classes if table is None else table[1]
+    _check_classes(root / data.train, classes)
+    return DataSet(DataInfo(len(train), len(val), classes, names, kind), train, val)
+
+
+def _check_classes(split: Path, classes: tuple[str, ...]) -> None:
+    check(len(classes) > 1, f"data: {split} has one class ({classes[0]}): classification needs at least two classes")
+
+
+def _open_split(kind: str, root: Path, split: str, num_classes: int | None) -> Samples:
+    if kind == "shards":
+        return read_shards(root, split, num_classes)
+    path = manifest_path(root, split)
+    if path is None:
+        raise UserError(f"data: there is no manifest {split}.tsv under {root}: `asp-dist prepare manifest` writes it")
+    return read_manifest(path, num_classes)
 
 
 def inspect_data(data: DataConfig) -> DataInfo:
