@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
 class UserError(ValueError):
@@ -493,6 +493,20 @@ def to_dict(config: Any) -> dict[str, Any]:
     """`config` as plain JSON types, nested as the dataclasses are."""
     plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
     return plain
+
+
+def from_dict(tree: dict[str, Any], cls: Any = Config) -> Any:
+    """The inverse of `to_dict`. Raises `UserError` for values out of range, TypeError for unknown fields."""
+    hints = get_type_hints(cls)
+    arguments = dict(tree)
+    for name, value in tree.items():
+        kind = hints.get(name)
+        if dataclasses.is_dataclass(kind):
+            arguments[name] = from_dict(value, kind)
+        elif get_origin(kind) is tuple:
+            item = get_args(kind)[0]
+            arguments[name] = tuple(from_dict(v, item) if dataclasses.is_dataclass(item) else v for v in value)
+    return cls(**arguments)
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,0 +1,161 @@
+"""The factories of the trainer: each turns a part of the configuration into the object that does it."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from typing import Any
+
+import torch
+from timm.data import Mixup
+from timm.layers import convert_sync_batchnorm
+from timm.loss import SoftTargetCrossEntropy
+from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
+from torch import nn
+
+from asp_dist.config import Config, OptimizerConfig, ScheduleConfig, TrainingConfig, UserError
+from asp_dist.training.world import World
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """timm's optimizer of that name over `model`'s parameters; no weight decay on biases and norms.
+
+    Raises:
+        UserError: timm knows no such optimizer, or it does not take an argument of ``optimizer.kwargs``.
+    """
+    check_optimizer(config.name)
+    info = get_optimizer_info(config.name)
+    kwargs: dict[str, Any] = dict(config.kwargs)
+    if info.has_betas and not info.has_momentum and "betas" not in kwargs:
+        kwargs.update(_betas(info.opt_class, config.momentum))
+    try:
+        return create_optimizer_v2(
+            model,
+            opt=config.name,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            momentum=config.momentum,
+            **kwargs,
+        )
+    except TypeError as error:
+        raise UserError(f"optimizer.kwargs = {config.kwargs} does not fit {config.name}: {error}") from error
+
+
+def check_optimizer(name: str) -> None:
+    """Raise `UserError` unless timm has an optimizer called `name`."""
+    names = list_optimizers()
+    if name.lower() not in names:
+        close = difflib.get_close_matches(name, names, n=3) or names[:3]
+        raise UserError(f"optimizer.name = {name!r} is unknown to timm; close: {', '.join(close)}")
+
+
+def _betas(kind: Any, first: float) -> dict[str, Any]:
+    """`betas` with the first one replaced, the others as the optimizer's class has them."""
+    parameter = inspect.signature(kind).parameters.get("betas")
+    if parameter is None or parameter.default is inspect.Parameter.empty:
+        return {}
+    return {"betas": (first, *parameter.default[1:])}
+
+
+def build_scheduler(config: ScheduleConfig, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> Any:
+    """timm's scheduler, counted in optimizer steps: ``step_update(step)`` before each step sets the rate of `step`.
+
+    Raises:
+        UserError: timm knows no such schedule, or it depends on results (``plateau``).
+    """
+    if config.name == "plateau":
+        raise UserError("schedule.name = 'plateau' depends on results, not on the step: choose cosine, step or poly")
+    try:
+        scheduler, _ = create_scheduler_v2(
+            optimizer,
+            sched=config.name,
+            num_epochs=config.epochs,
+            decay_epochs=config.decay_epochs[0] if config.decay_epochs else config.epochs,
+            decay_milestones=config.decay_epochs,  # timm multiplies them, fractions are fine
+            decay_rate=config.decay_rate,
+            min_lr=config.min_lr,
+            warmup_lr=config.warmup_lr,
+            warmup_epochs=config.warmup_epochs,
+            step_on_epochs=False,
+            updates_per_epoch=steps_per_epoch,
+        )
+    except ValueError as error:
+        raise UserError(
+            f"schedule.name = {config.name!r}: {error}; known: cosine, tanh, step, multistep, poly, wsd"
+        ) from error
+    return scheduler
+
+
+def build_mixup(config: Config, num_classes: int) -> Mixup | None:
+    """timm's mixup and cutmix on the batch, or None when both are off."""
+    augment = config.data.augment
+    if not (augment.mixup > 0 or augment.cutmix > 0):
+        return None
+    return Mixup(
+        mixup_alpha=augment.mixup,
+        cutmix_alpha=augment.cutmix,
+        label_smoothing=config.training.label_smoothing,
+        num_classes=num_classes,
+    )
+
+
+def build_loss(config: Config) -> nn.Module:
+    """The training loss: cross-entropy, against soft targets when mixup makes them."""
+    if config.data.augment.mixup > 0 or config.data.augment.cutmix > 0:
+        return SoftTargetCrossEntropy()
+    return nn.CrossEntropyLoss(label_smoothing=config.training.label_smoothing)
+
+
+def build_ema(config: TrainingConfig, model: nn.Module) -> ModelEmaV3 | None:
+    """timm's moving average of the weights, or None. Its decay warms up, so that short runs profit too."""
+    if config.ema_decay is None:
+        return None
+    return ModelEmaV3(model, decay=config.ema_decay, use_warmup=True)
+
+
+def build_scaler(config: TrainingConfig, device: torch.device) -> torch.amp.GradScaler | None:
+    """The gradient scaler of float16, or None for the other precisions."""
+    return torch.amp.GradScaler(device.type) if config.precision == "float16" else None
+
+
+def place_model(config: TrainingConfig, model: nn.Module, world: World) -> nn.Module:
+    """Move `model` to the rank's device and memory order, and shard it if the configuration says so."""
+    model.to(device=world.device)
+    if config.channels_last:
+        model.to(memory_format=torch.channels_last)
+    if config.sync_batch_norm and world.world_size > 1:
+        if world.device.type != "cuda":
+            raise UserError(
+                "training.sync_batch_norm = true needs CUDA: torch has no synchronised batch norm on the CPU"
+            )
+        model = convert_sync_batchnorm(model)
+    if config.parallel == "fsdp" and world.world_size > 1:
+        shard_model(model)
+    return model
+
+
+def shard_model(model: nn.Module) -> None:
+    """Shard `model` over all ranks (FSDP2): each block that holds parameters of its own kind, then the rest."""
+    from torch.distributed.fsdp import fully_shard
+
+    for child in model.children():
+        if isinstance(child, nn.Sequential | nn.ModuleList):
+            for block in child:
+                if any(True for _ in block.parameters()):
+                    fully_shard(block)
+    fully_shard(model)
+
+
+def wrap_model(config: TrainingConfig, model: nn.Module, world: World) -> nn.Module:
+    """What the training step calls: `model` itself, under DDP with several replicas, compiled if asked for."""
+    network = model
+    if world.world_size > 1 and config.parallel == "ddp":
+        ids = [world.device.index] if world.device.type == "cuda" else None
+        network = nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+    if config.compile:
+        network = torch.compile(network)  # type: ignore[assignment]
+    return network

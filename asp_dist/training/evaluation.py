@@ -1,0 +1,54 @@
+"""Validation: exact counts over all ranks, whatever way the samples are dealt to them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from asp_dist.config import TrainingConfig
+from asp_dist.training.build import DTYPES
+from asp_dist.training.world import World
+
+
+@torch.inference_mode()
+def evaluate_model(
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], config: TrainingConfig, world: World
+) -> dict[str, float]:
+    """Mean loss, top-1 and top-5 accuracy of `model` over the batches of all ranks; a collective.
+
+    Args:
+        model: the network; left in evaluation mode.
+        batches: this rank's images [B, 3, H, W] and targets [B]. As many batches on each rank, some may be empty.
+        config: precision and memory order of the forward pass.
+        world: the ranks.
+
+    Returns:
+        ``val/loss`` (nats), ``val/top1`` and ``val/top5`` (fractions), ``val/samples``.
+    """
+    model.eval()
+    sums = torch.zeros(4, dtype=torch.float64, device=world.device)  # loss, top-1, top-5, samples
+    for images, targets in batches:
+        logits = _forward(model, images, config, world)
+        ranks = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
+        sums[0] += F.cross_entropy(logits, targets, reduction="sum")
+        sums[1] += ranks[:, 0].sum()
+        sums[2] += ranks.sum()
+        sums[3] += len(targets)
+    loss, top1, top5, samples = world.sum_(sums).tolist()
+    count = max(samples, 1.0)
+    return {"val/loss": loss / count, "val/top1": top1 / count, "val/top5": top5 / count, "val/samples": int(samples)}
+
+
+def _forward(model: nn.Module, images: Tensor, config: TrainingConfig, world: World) -> Tensor:
+    """Logits [B, classes] in float32. An empty batch runs a blank image: sharded models need every rank to take part."""
+    count = len(images)
+    if count == 0:
+        images = images.new_zeros(1, *images.shape[1:])
+    if config.channels_last:
+        images = images.contiguous(memory_format=torch.channels_last)
+    with torch.autocast(world.device.type, DTYPES[config.precision], enabled=config.precision != "float32"):
+        logits = model(images)
+    return logits[:count].float()

@@ -1,0 +1,103 @@
+"""Bad numbers, and what the ranks agree on at every step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+if TYPE_CHECKING:
+    from asp_dist.training.run import Run
+
+# The reasons to stop, as numbers that ranks can exchange; others arrive as "request".
+REASONS = ("request", "SIGTERM", "SIGINT", "preemption")
+
+
+class BadNumbers(ArithmeticError):  # noqa: N818
+    """Too many steps in a row had a loss or gradient that is not finite; the message names the layers."""
+
+
+@dataclass(frozen=True)
+class Orders:
+    """What all ranks do after this step's gradients: skip the update, stop, save."""
+
+    bad: bool
+    stop: str | None
+    save: bool
+    norm: float
+
+
+def whole(norm: Tensor) -> Tensor:
+    """The norm over all shards."""
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def agree(run: Run, loss: Tensor, norm: Tensor, *, checkpoint_due: bool) -> Orders:
+    """Let the ranks agree, in one all-reduce of four numbers and one copy to the host.
+
+    Args:
+        run: the run; its hooks are asked whether to stop.
+        loss: this rank's loss.
+        norm: the gradients' norm, after averaging over ranks.
+        checkpoint_due: whether this rank's clock asks for a checkpoint.
+    """
+    reason = run.hooks.stop_requested()
+    code = 0 if reason is None else 1 + (REASONS.index(reason) if reason in REASONS else 0)
+    bad = ~(norm.isfinite() & loss.isfinite())
+    flags = torch.stack([bad.float(), loss.new_tensor(float(code)), loss.new_tensor(float(checkpoint_due))])
+    values = torch.cat([run.world.max_(flags), norm.float().reshape(1)]).tolist()
+    stop = REASONS[int(values[1]) - 1] if values[1] else None
+    return Orders(bad=bool(values[0]), stop=stop, save=bool(values[2]), norm=values[3])
+
+
+def skip_step(run: Run, loss: Tensor) -> None:
+    """Count a bad step and leave the weights alone; batch norm forgets the batch.
+
+    With float16 a gradient that overflows at a scale above 1 is the scaler's business: the scale falls, and nothing counts.
+
+    Raises:
+        BadNumbers: ``training.max_bad_steps`` in a row; names the layers.
+    """
+    run.buffers.restore()
+    if run.scaler is not None and run.scaler.get_scale() > 1.0 and bool(loss.isfinite()):
+        run.tracker.log(run.step + 1, {"kind": "event", "event": "scale", "message": "float16 gradients overflowed"})
+        return
+    run.bad_steps += 1
+    run.skipped += 1
+    names = bad_layers(run)
+    text = f"step {run.step + 1} skipped: {names}"
+    run.tracker.log(run.step + 1, {"kind": "event", "event": "skipped_step", "message": text})
+    limit = run.config.training.max_bad_steps
+    if run.bad_steps >= limit:
+        run.keeper.wait()
+        kept = run.keeper.store.names()
+        raise BadNumbers(
+            f"training.max_bad_steps = {limit} steps in a row had a loss or gradient that is not finite; the last, step "
+            f"{run.step + 1}: {names}. Last good checkpoint: {kept[-1] if kept else 'none'}. A lower optimizer.lr, "
+            "optimizer.clip_grad or another training.precision may help"
+        )
+
+
+def bad_layers(run: Run) -> str:
+    """The parameters whose gradients are not finite on this rank, nearest to the output first, in words."""
+    parameters = [(n, p) for n, p in run.model.named_parameters() if p.grad is not None]
+    weights = [n for n, p in parameters if not bool(_local(p).isfinite().all())]
+    if weights:
+        return f"weights not finite in {_few(weights)}"
+    bad = [n for n, p in parameters if p.grad is not None and not bool(_local(p.grad).isfinite().all())]
+    if not bad:
+        return "the loss is not finite"
+    which = "every layer" if len(bad) == len(parameters) else _few(bad[::-1])
+    return f"gradients not finite in {which}"
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def _few(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more

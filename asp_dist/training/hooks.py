@@ -1,0 +1,65 @@
+"""What surrounds the trainer: where it reports to, and what may ask it to stop."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+
+class Stopped(RuntimeError):  # noqa: N818
+    """The run stopped on request, with a checkpoint saved; the same command goes on from it."""
+
+    def __init__(self, reason: str, step: int) -> None:
+        super().__init__(f"stopped by {reason} after step {step}; start the same command again to go on")
+        self.reason = reason
+        self.step = step
+
+
+class Hooks:
+    """The trainer's seams to its surroundings; the defaults do nothing."""
+
+    def report(self, metrics: dict[str, Any]) -> None:
+        """Take the metrics of an epoch or a checkpoint. Called equally often on every rank."""
+
+    def stop_requested(self) -> str | None:
+        """Why the run should stop (``SIGTERM``, ``preemption``, ...), or None. Polled at every optimizer step.
+
+        One rank's request stops all of them after the same step.
+        """
+        return None
+
+
+class SignalHooks(Hooks):
+    """Stops the run at SIGTERM or SIGINT; a second SIGINT interrupts at once. Use as a context manager.
+
+    Must be entered in the main thread, where Python allows signal handlers.
+    """
+
+    def __init__(self) -> None:
+        self._reason: str | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    def stop_requested(self) -> str | None:
+        """The signal's name, once one arrived."""
+        return self._reason
+
+    def __enter__(self) -> SignalHooks:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        if name == self._reason == "SIGINT":
+            raise KeyboardInterrupt
+        self._reason = name

@@ -1,0 +1,163 @@
+"""The keeper of a run's checkpoints: copies the state, writes it in the background, keeps the last and the best."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from asp_dist.config import UserError
+from asp_dist.training.checkpoint import (
+    CheckpointError,
+    Manifest,
+    read_checkpoint,
+    read_manifest,
+    split_state,
+    write_checkpoint,
+)
+from asp_dist.training.store import Store
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something the run should log: `kind` is ``checkpoint`` or ``warning``."""
+
+    kind: str
+    message: str
+
+
+class Staging:
+    """Copies of tensors on the CPU, in buffers that are used again.
+
+    From a GPU the copy runs behind the training step's own kernels, into pinned memory; `wait` ends it. From the CPU
+    it is a plain copy. Fresh buffers would cost twice that in page faults.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[str, str], torch.Tensor] = {}
+        self._copied: torch.cuda.Event | None = None
+
+    def copy(self, parts: dict[str, dict[str, torch.Tensor]]) -> dict[str, dict[str, torch.Tensor]]:
+        """Copies of all `parts`; complete once `wait` returned."""
+        copies: dict[str, dict[str, torch.Tensor]] = {}
+        for part, tensors in parts.items():
+            copies[part] = {name: self._copy(part, name, tensor) for name, tensor in tensors.items()}
+        if self._copied is not None:
+            self._copied.record()
+        return copies
+
+    def wait(self) -> None:
+        """Block until the copies are complete."""
+        if self._copied is not None:
+            self._copied.synchronize()
+
+    def _copy(self, part: str, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        buffer = self._buffers.get((part, name))
+        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+            buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            self._buffers[part, name] = buffer
+        if tensor.is_cuda and self._copied is None:
+            self._copied = torch.cuda.Event()
+        return buffer.copy_(tensor, non_blocking=True)
+
+
+class Keeper:
+    """Saves and finds the checkpoints of one run. On ranks other than 0 it only reads.
+
+    Args:
+        store: where the checkpoints lie.
+        run: identity of the run; checkpoints of others are not used.
+        keep: how many of the latest stay, beside the best.
+    """
+
+    def __init__(self, store: Store, run: str, keep: int) -> None:
+        self.store = store
+        self.run = run
+        self.keep = keep
+        self._staging = Staging()
+        self._thread: threading.Thread | None = None
+        self._events: list[Event] = []
+        self._saved_at = time.monotonic()
+
+    def seconds_since_save(self) -> float:
+        """Seconds since the last save, or since the start."""
+        return time.monotonic() - self._saved_at
+
+    def save(self, manifest: Manifest, state: dict[str, Any]) -> None:
+        """Copy `state` and write it in the background. Waits for the checkpoint before it, if that is still written."""
+        self.wait()
+        self._saved_at = time.monotonic()
+        plain, parts = split_state(state)
+        copies = self._staging.copy(parts)
+        self._thread = threading.Thread(target=self._write, args=(manifest, plain, copies), name="checkpoint")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Block until nothing is being written."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def events(self) -> list[Event]:
+        """What happened since the last call: checkpoints written, or failed with the reason."""
+        if not self._events:
+            return []
+        taken, self._events = self._events, []
+        return taken
+
+    def latest(self) -> tuple[str, Manifest, dict[str, Any]] | None:
+        """The newest sound checkpoint of this run: its name, manifest and state; None if there never was one.
+
+        Each one that is torn, altered or of another run becomes a warning event.
+
+        Raises:
+            UserError: there are checkpoints, but none can be used: starting anew in silence would lose the run.
+        """
+        problems = []
+        for name in reversed(self.store.names()):
+            try:
+                manifest, state = read_checkpoint(self.store, name)
+                if manifest.run != self.run:
+                    raise CheckpointError(f"{self.store.where(name)} belongs to another run ({manifest.run})")
+                return name, manifest, state
+            except CheckpointError as error:
+                problems.append(str(error))
+                self._events.append(Event("warning", f"{error}; the checkpoint before it is used"))
+        if problems:
+            raise UserError(
+                f"no checkpoint of this run can be used: {'; '.join(problems)}. Bring one back, or delete the "
+                "checkpoints to start from the beginning"
+            )
+        return None
+
+    def load(self, name: str) -> tuple[Manifest, dict[str, Any]]:
+        """The checkpoint of that name."""
+        return read_checkpoint(self.store, name)
+
+    def _write(self, manifest: Manifest, plain: Any, copies: dict[str, dict[str, torch.Tensor]]) -> None:
+        try:
+            self._staging.wait()
+            name = write_checkpoint(self.store, manifest, plain, copies)
+            self._events.append(Event("checkpoint", f"saved {self.store.where(name)}"))
+            self._forget_old()
+        except Exception as error:  # the training goes on; the run's log says what is wrong
+            kept = ", ".join(self.store.names()[-self.keep :]) or "none"
+            self._events.append(
+                Event("warning", f"the checkpoint of step {manifest.step} failed: {error}; earlier ones kept: {kept}")
+            )
+
+    def _forget_old(self) -> None:
+        names = self.store.names()
+        best: str | None = None
+        for name in names:
+            try:
+                if read_manifest(self.store, name).best:
+                    best = name
+            except CheckpointError:
+                continue
+        for name in names[: -self.keep]:
+            if name != best:
+                self.store.remove(name)

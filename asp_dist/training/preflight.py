@@ -1,0 +1,100 @@
+"""What can be known to be wrong before anything starts: no Ray, no GPU, no training."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+from timm.data import resolve_model_data_config
+
+from asp_dist.config import Config, UserError, check
+from asp_dist.data import DataInfo, inspect_data
+from asp_dist.data.images import build_spec
+from asp_dist.models import build_model, check_model_name
+from asp_dist.training import build
+from asp_dist.training.pruner import build_pruner
+from asp_dist.training.run import count_steps
+from asp_dist.training.rundir import check_run_dir, with_absolute_paths
+from asp_dist.training.world import started_by_torchrun
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What was found.
+
+    Args:
+        data: the data set.
+        steps_per_epoch: optimizer steps per epoch.
+        total_steps: optimizer steps of the run.
+        world_size: number of workers.
+        resumes: whether the folder holds this run already.
+    """
+
+    data: DataInfo
+    steps_per_epoch: int
+    total_steps: int
+    world_size: int
+    resumes: bool
+
+
+def preflight(config: Config) -> Preflight:
+    """Check that `config` can run.
+
+    Raises:
+        UserError: unknown model, optimizer or schedule; missing or unfit data; a budget that cannot be met; a batch that
+            does not divide among the workers; a folder that holds another run.
+    """
+    config = with_absolute_paths(config)
+    check_model_name(config.model.name)
+    build.check_optimizer(config.optimizer.name)
+    data = inspect_data(config.data)
+    world_size = planned_world_size(config)
+    check_batch(config, world_size, data)
+    steps_per_epoch = data.num_train // config.data.batch_size
+    total_steps = count_steps(config, steps_per_epoch)
+    check_budget(config, data, total_steps, steps_per_epoch)
+    resumes = check_run_dir(config) is not None
+    return Preflight(data, steps_per_epoch, total_steps, world_size, resumes)
+
+
+def planned_world_size(config: Config) -> int:
+    """The number of workers that the configuration and the environment ask for."""
+    if started_by_torchrun():
+        return int(os.environ["WORLD_SIZE"])
+    return config.cluster.num_workers if config.cluster.mode == "ray" else 1
+
+
+def check_batch(config: Config, world_size: int, data: DataInfo) -> None:
+    """Raise `UserError` unless the batch divides among workers and micro-batches and fits the data."""
+    batch, accumulate = config.data.batch_size, config.training.accumulate
+    parts = world_size * accumulate
+    check(
+        batch % parts == 0,
+        f"data.batch_size = {batch} does not divide among {world_size} workers × training.accumulate = {accumulate}: "
+        f"{batch} / {parts} = {batch / parts:.2f}; take a multiple of {parts}",
+    )
+    check(
+        batch <= data.num_train,
+        f"data.batch_size = {batch} is more than the {data.num_train} training images of {config.data.root}",
+    )
+    augment = config.data.augment
+    check(
+        (batch // parts) % 2 == 0 or not (augment.mixup > 0 or augment.cutmix > 0),
+        f"data.augment.mixup and cutmix pair images: data.batch_size = {batch} over {parts} parts leaves "
+        f"{batch // parts} per part, which is odd",
+    )
+
+
+def check_budget(config: Config, data: DataInfo, total_steps: int, steps_per_epoch: int) -> None:
+    """Raise `UserError` unless the network can be built, and pruned to the budget."""
+    with torch.random.fork_rng(devices=[]):
+        model = build_model(config.model, len(data.classes), config.data.input_size)
+    height, width = build_spec(config.data, resolve_model_data_config(model)).size
+    optimizer = build.build_optimizer(config.optimizer, model)
+    build.build_scheduler(config.schedule, optimizer, steps_per_epoch)
+    pruner = build_pruner(config, model, optimizer, total_steps=total_steps, input_size=(3, height, width))
+    if pruner is not None:
+        pruner.remove()
+    if config.training.parallel == "fsdp" and config.training.ema_decay is not None:
+        raise UserError("training.ema_decay does not go with training.parallel = fsdp yet: choose ddp")

@@ -1,0 +1,113 @@
+"""Validation in the run, and what the run leaves behind."""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from typing import Any
+
+import torch
+from torch import nn
+
+from asp_dist.config import config_hash
+from asp_dist.export.safetensors_file import save_safetensors
+from asp_dist.training import sharding
+from asp_dist.training.evaluation import evaluate_model
+from asp_dist.training.run import Run
+from asp_dist.training.rundir import MODEL, SUMMARY, write_text
+
+
+def validate(run: Run) -> bool:
+    """Validate the model, and its average if there is one; log it; a collective.
+
+    Returns:
+        Whether this is the best validation at the budget so far. Before the budget holds, none is: a better accuracy
+        at a lower sparsity is not a better model.
+    """
+    run.world.broadcast_(run.buffers.tensors)  # DDP trains with rank 0's batch norm statistics
+    run.results = evaluate_model(run.model, run.loaders.val, run.config.training, run.world)
+    if run.ema is not None:
+        average = evaluate_model(averaged_model(run), run.loaders.val, run.config.training, run.world)
+        run.results.update({name.replace("val/", "val/ema_"): value for name, value in average.items()})
+    numbers = run.pruner.metrics() if run.pruner is not None else {}
+    rows = run.pruner.rows() if run.pruner is not None else []
+    if run.pruner is not None:
+        run.tracker.log_layers(run.step, rows)
+    run.tracker.log(run.step, {"kind": "eval", "epoch": run.step / run.steps_per_epoch, **run.results, **numbers})
+    score = max(run.results["val/top1"], run.results.get("val/ema_top1", 0.0))
+    at_budget = run.pruner is None or run.pruner.frozen
+    improved = at_budget and (run.best is None or score > run.best["val/top1"])
+    if improved:
+        run.best = {"step": run.step, "val/top1": score}
+    return improved
+
+
+def averaged_model(run: Run) -> nn.Module:
+    """A copy of the averaged model with the current masks; the average itself goes on with all its weights."""
+    assert run.ema is not None
+    model = copy.deepcopy(run.ema.module)
+    if run.pruner is not None:
+        run.pruner.apply_masks_(model)
+    return model
+
+
+def finish_run(run: Run) -> dict[str, Any]:
+    """Write ``model.safetensors`` and ``summary.json`` and return the summary, on every rank; a collective.
+
+    With an average of the weights, the file holds whichever of the two was better in the last validation.
+    """
+    results = run.results
+    use_average = run.ema is not None and results["val/ema_top1"] >= results["val/top1"]
+    prefix = "val/ema_" if use_average else "val/"
+    model = averaged_model(run) if use_average else run.model
+    weights, _ = sharding.full_state(model, run.optimizer) if not use_average else (model.state_dict(), {})
+    counts = run.pruner.summary() if run.pruner is not None else dense_summary(run.model)
+    summary: dict[str, Any] = {
+        "model": run.config.model.name,
+        "top1": results[f"{prefix}top1"],
+        "top5": results[f"{prefix}top5"],
+        "val_loss": results[f"{prefix}loss"],
+        "val_samples": results["val/samples"],
+        **counts,
+        "best": run.best,
+        "weights": "average" if use_average else "model",
+        "images_per_second": run.meter.images_per_second,
+        "epochs": run.epochs,
+        "steps": run.step,
+        "bad_steps": run.skipped,
+        "seconds": run.meter.total_seconds,
+        "world_size": run.world.world_size,
+        "device": run.world.device.type,
+        "precision": run.config.training.precision,
+        "batch_size": run.config.data.batch_size,
+        "data_root": run.config.data.root,
+        "classes": list(run.loaders.info.names),
+        "wandb_run_id": getattr(run.tracker, "wandb_id", None),
+        "config_hash": config_hash(run.config),
+        "finished": time.time(),
+    }
+    summary = run.world.share(summary)
+    if run.world.is_main:
+        text = {"model": run.config.model.name, "classes": json.dumps(list(run.loaders.info.classes))}
+        save_safetensors(run.folder / MODEL, weights, metadata=text)
+        write_text(run.folder / SUMMARY, json.dumps(summary, indent=1))
+    return summary
+
+
+def dense_summary(model: nn.Module) -> dict[str, Any]:
+    """The counts of a run without pruning."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    return {
+        "sparsity": 0.0,
+        "sparsity_all": 0.0,
+        "target_sparsity": 0.0,
+        "nonzero_weights": total,
+        "prunable_weights": total,
+        "total_weights": total,
+    }
+
+
+def count_zeros(weights: dict[str, torch.Tensor]) -> tuple[int, int]:
+    """Nonzero and all weights in `weights`."""
+    return sum(int(w.count_nonzero()) for w in weights.values()), sum(w.numel() for w in weights.values())

@@ -1,0 +1,201 @@
+"""A run: everything that the training loop works with, built from the configuration, and its state."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.data import Mixup, resolve_model_data_config
+from timm.utils import ModelEmaV3
+from torch import nn
+
+from asp_dist.config import Config
+from asp_dist.data import Loaders, build_loaders, inspect_data
+from asp_dist.data.images import build_spec
+from asp_dist.models import build_model
+from asp_dist.pruning import Pruner
+from asp_dist.tracking import Tracker
+from asp_dist.training import build, sharding
+from asp_dist.training.hooks import Hooks
+from asp_dist.training.keeper import Keeper
+from asp_dist.training.meter import Meter
+from asp_dist.training.pruner import build_pruner
+from asp_dist.training.rundir import run_dir
+from asp_dist.training.state import capture_rng, restore_rng, seed_everything
+from asp_dist.training.world import World
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Run:
+    """What the training loop works with.
+
+    Args:
+        model: the network itself: plain timm names, pruned weights.
+        network: what a training step calls: `model`, under DDP, compiled.
+        step: optimizer steps done, skipped ones included.
+        closed_epochs: epochs that are done with, validation included.
+        bad_steps: skipped steps in a row.
+        skipped: skipped steps in all.
+        best: the best validation at the budget: ``{"step": ..., "val/top1": ...}``.
+        results: the latest validation.
+    """
+
+    config: Config
+    world: World
+    hooks: Hooks
+    folder: Path
+    model: nn.Module
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: Any
+    scaler: torch.amp.GradScaler | None
+    ema: ModelEmaV3 | None
+    mixup: Mixup | None
+    loss: nn.Module
+    loaders: Loaders
+    pruner: Pruner | None
+    keeper: Keeper
+    meter: Meter
+    tracker: Tracker
+    total_steps: int
+    identity: str
+    buffers: sharding.BufferGuard
+    step: int = 0
+    closed_epochs: int = 0
+    bad_steps: int = 0
+    skipped: int = 0
+    best: dict[str, Any] | None = None
+    results: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in a whole epoch."""
+        return int(self.loaders.train.steps_per_epoch)
+
+    @property
+    def epochs(self) -> int:
+        """Epochs, the last one cut short by ``training.max_steps`` perhaps."""
+        return math.ceil(self.total_steps / self.steps_per_epoch)
+
+    def end_of(self, epoch: int) -> int:
+        """Optimizer steps done when `epoch` (from 0) is."""
+        return min((epoch + 1) * self.steps_per_epoch, self.total_steps)
+
+
+def count_steps(config: Config, steps_per_epoch: int) -> int:
+    """Length of the run in optimizer steps."""
+    steps = config.schedule.epochs * steps_per_epoch
+    return min(steps, config.training.max_steps or steps)
+
+
+def build_run(config: Config, world: World, hooks: Hooks, keeper: Keeper, identity: str) -> Run:
+    """Build the run at its first step; every rank builds the same network.
+
+    Raises:
+        UserError: model, data, budget and the number of workers do not go together.
+    """
+    training = config.training
+    seed_everything(training.seed)
+    info = inspect_data(config.data)
+    model = build_model(config.model, len(info.classes), config.data.input_size)
+    model_data = resolve_model_data_config(model)
+    model = build.place_model(training, model, world)
+    loaders = build_loaders(
+        config.data,
+        model_data=model_data,
+        seed=training.seed,
+        rank=world.rank,
+        world_size=world.world_size,
+        device=world.device,
+        accumulate=training.accumulate,
+        epochs=config.schedule.epochs,
+    )
+    optimizer = build.build_optimizer(config.optimizer, model)
+    total_steps = count_steps(config, loaders.train.steps_per_epoch)
+    network = build.wrap_model(training, model, world)
+    height, width = build_spec(config.data, model_data).size
+    pruner = build_pruner(config, model, optimizer, total_steps=total_steps, input_size=(3, height, width))
+    run = Run(
+        config=config,
+        world=world,
+        hooks=hooks,
+        folder=run_dir(config),
+        model=model,
+        network=network,
+        optimizer=optimizer,
+        scheduler=build.build_scheduler(config.schedule, optimizer, loaders.train.steps_per_epoch),
+        scaler=build.build_scaler(training, world.device),
+        ema=build.build_ema(training, model),
+        mixup=build.build_mixup(config, len(info.classes)),
+        loss=build.build_loss(config),
+        loaders=loaders,
+        pruner=pruner,
+        keeper=keeper,
+        meter=Meter(world, config.data.batch_size),
+        tracker=Tracker(),
+        total_steps=total_steps,
+        identity=identity,
+        buffers=sharding.BufferGuard(model),
+    )
+    seed_everything(training.seed + 1000003 * (1 + world.rank))  # each rank draws its own dropout and mixup
+    return run
+
+
+def capture_state(run: Run) -> dict[str, Any]:
+    """Everything that the next step depends on, one part per file; complete on rank 0. A collective."""
+    ranks = run.world.gather(
+        {
+            "rng": capture_rng(run.world.device),
+            "loader": run.loaders.train.state_dict(),
+            "meter": run.meter.state_dict(),
+        }
+    )
+    sharded = sharding.is_sharded(run.model)
+    if not (run.world.is_main or sharded):
+        return {}
+    model, optimizer = sharding.full_state(run.model, run.optimizer)
+    return {
+        "model": model,
+        "optimizer": optimizer,
+        "pruner": run.pruner.state_dict() if run.pruner else None,
+        "ema": run.ema.module.state_dict() if run.ema else None,
+        "scaler": run.scaler.state_dict() if run.scaler else None,
+        "run": {
+            "step": run.step,
+            "closed_epochs": run.closed_epochs,
+            "bad_steps": run.bad_steps,
+            "skipped": run.skipped,
+            "best": run.best,
+            "results": run.results,
+        },
+        "ranks": ranks,
+    }
+
+
+def restore_state(run: Run, state: dict[str, Any]) -> None:
+    """Set `run` to a captured state. With another number of ranks, the ranks' own parts start anew."""
+    sharding.load_full_state(run.model, run.optimizer, state["model"], state["optimizer"])
+    if run.pruner is not None:
+        run.pruner.load_state_dict(state["pruner"])
+    if run.ema is not None:
+        run.ema.module.load_state_dict(state["ema"])
+    if run.scaler is not None:
+        run.scaler.load_state_dict(state["scaler"])
+    for name, value in state["run"].items():
+        setattr(run, name, value)
+    ranks = state["ranks"]
+    own = ranks[run.world.rank] if run.world.rank < len(ranks) else ranks[0]
+    run.loaders.train.load_state_dict(own["loader"])
+    if len(ranks) == run.world.world_size:
+        restore_rng(own["rng"], run.world.device)
+        run.meter.load_state_dict(own["meter"])
+    else:
+        seed_everything(run.config.training.seed + 1000003 * (1 + run.world.rank) + run.step)
+        run.meter.total_images = own["meter"]["total_images"]
+        run.meter.total_seconds = own["meter"]["total_seconds"]

@@ -1,0 +1,115 @@
+"""Where checkpoints lie: a folder each, which appears under its name only when it is complete."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import IO, Protocol
+
+NAME = re.compile(r"step-\d{8,}")
+MANIFEST = "manifest.json"
+
+
+def checkpoint_name(step: int) -> str:
+    """The folder of the checkpoint after `step` optimizer steps."""
+    return f"step-{step:08d}"
+
+
+class Store(Protocol):
+    """A place for checkpoints. `write`, then `commit`; until then no other reader sees anything under that name."""
+
+    def names(self) -> list[str]:
+        """Names of the checkpoints, oldest first, whether they are sound or not."""
+
+    def begin(self, name: str) -> None:
+        """Make room for a checkpoint; what an earlier attempt left under that name goes."""
+
+    def write(self, name: str, file: str) -> IO[bytes]:
+        """A stream for one file of a checkpoint that is being written; `close_durably` ends it."""
+
+    def commit(self, name: str) -> None:
+        """Let the checkpoint appear under its name."""
+
+    def abort(self, name: str) -> None:
+        """Drop what was written since `begin`."""
+
+    def read(self, name: str, file: str) -> bytes:
+        """One file of a checkpoint. Raises OSError when it is missing."""
+
+    def remove(self, name: str) -> None:
+        """Delete a checkpoint, its manifest first, so that half of it never looks whole."""
+
+    def where(self, name: str) -> str:
+        """The checkpoint's address for people."""
+
+
+class LocalStore:
+    """Checkpoints in a local or network folder: written aside, synced, renamed."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def names(self) -> list[str]:
+        if not self.root.is_dir():
+            return []
+        found = [p.name for p in self.root.iterdir() if p.is_dir() and NAME.fullmatch(p.name)]
+        return sorted(found, key=lambda name: int(name.split("-")[1]))
+
+    def begin(self, name: str) -> None:
+        aside = self._aside(name)
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+
+    def write(self, name: str, file: str) -> IO[bytes]:
+        return open(self._aside(name) / file, "wb")
+
+    def commit(self, name: str) -> None:
+        sync_directory(self._aside(name))
+        if (self.root / name).exists():
+            self.remove(name)
+        os.rename(self._aside(name), self.root / name)
+        sync_directory(self.root)
+
+    def abort(self, name: str) -> None:
+        shutil.rmtree(self._aside(name), ignore_errors=True)
+
+    def read(self, name: str, file: str) -> bytes:
+        return (self.root / name / file).read_bytes()
+
+    def remove(self, name: str) -> None:
+        (self.root / name / MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(self.root / name, ignore_errors=True)
+
+    def where(self, name: str) -> str:
+        return str(self.root / name)
+
+    def clean(self) -> None:
+        """Remove what a process that died while writing left behind."""
+        for leftover in self.root.glob(".writing-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+    def _aside(self, name: str) -> Path:
+        return self.root / f".writing-{name}"
+
+
+def close_durably(stream: IO[bytes]) -> None:
+    """Close `stream` once its bytes are on the disk, where it has one."""
+    stream.flush()
+    try:
+        number = stream.fileno()
+    except (OSError, AttributeError):
+        number = None
+    if number is not None:
+        os.fsync(number)
+    stream.close()
+
+
+def sync_directory(path: Path) -> None:
+    """Make the names in a folder durable."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)

@@ -1,0 +1,173 @@
+"""The training loop: plain PyTorch, the same alone, under torchrun and under Ray Train."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from asp_dist.config import Config
+from asp_dist.tracking import build_tracker
+from asp_dist.training import checkpointing, health
+from asp_dist.training.build import DTYPES
+from asp_dist.training.evaluation import evaluate_model
+from asp_dist.training.hooks import Hooks, Stopped
+from asp_dist.training.results import finish_run, validate
+from asp_dist.training.run import Run, build_run
+from asp_dist.training.rundir import claim_run_dir, finished_summary, run_dir, with_absolute_paths
+from asp_dist.training.world import World
+
+log = logging.getLogger(__name__)
+Batches = Iterator[tuple[Tensor, Tensor]]
+
+__all__ = ["evaluate_model", "train", "train_step"]
+
+
+def train(config: Config, world: World, hooks: Hooks | None = None) -> dict[str, object]:
+    """Train, prune and evaluate as `config` says, from the start or from the run's latest checkpoint.
+
+    Args:
+        config: the run.
+        world: this rank among the others; all ranks call this function.
+        hooks: where reports go, and what may ask to stop.
+
+    Returns:
+        The run's summary, on every rank.
+
+    Raises:
+        UserError: the configuration does not fit the data, the model, the workers, or the run that the folder holds.
+        Stopped: `hooks` asked for it; a checkpoint is saved.
+        BadNumbers: ``training.max_bad_steps`` steps in a row had a loss or gradient that is not finite.
+    """
+    config = with_absolute_paths(config)
+    identity = world.on_main(lambda: claim_run_dir(config))
+    done = world.on_main(lambda: finished_summary(config))
+    if done is not None:
+        log.info("%s is finished already", run_dir(config))
+        return done
+    keeper = checkpointing.build_keeper(config, identity["id"])
+    run = build_run(config, world, hooks or Hooks(), keeper, identity["id"])
+    code = 1
+    try:
+        events = checkpointing.resume(run)
+        run.tracker = build_tracker(config, run.folder, rank=world.rank, resume_step=run.step)
+        checkpointing.log_events(run, events)
+        for epoch in range(run.closed_epochs, run.epochs):
+            train_epoch(run, epoch)
+            close_epoch(run, epoch)
+        summary = finish_run(run)
+        code = 0
+        return summary
+    finally:
+        keeper.wait()
+        checkpointing.log_events(run, keeper.events())
+        run.tracker.finish({} if code else summary, exit_code=code)
+        run.loaders.close()
+
+
+def train_epoch(run: Run, epoch: int) -> None:
+    """The optimizer steps of `epoch` that are still to do."""
+    config = run.config
+    if run.step >= run.end_of(epoch):
+        return  # it was stopped between its last step and its validation
+    batches = run.loaders.train.start(epoch, run.step - epoch * run.steps_per_epoch)
+    run.network.train()
+    while run.step < run.end_of(epoch):
+        start = time.perf_counter()
+        orders = train_step(run, batches)
+        run.step += 1
+        run.meter.step_done(time.perf_counter() - start)
+        if run.step % config.training.log_every == 0 or run.step == run.end_of(epoch):
+            log_step(run)
+        if orders.stop:
+            checkpointing.save(run)
+            run.keeper.wait()
+            raise Stopped(orders.stop, run.step)
+        if orders.save and run.step < run.end_of(epoch):
+            checkpointing.save(run)
+
+
+def train_step(run: Run, batches: Batches) -> health.Orders:
+    """One optimizer step on the next micro-batches; without an update if a loss or gradient is not finite.
+
+    Returns:
+        What all ranks agreed on: whether the step was bad, whether to save, whether to stop.
+    """
+    run.scheduler.step_update(run.step)
+    run.buffers.keep()
+    accumulate = run.config.training.accumulate
+    loss = torch.zeros((), device=run.world.device)
+    for micro in range(accumulate):
+        with run.meter.clock("data"):
+            images, targets = next(batches)
+        with run.meter.clock("forward_backward"):
+            loss += forward_backward(run, images, targets, last=micro == accumulate - 1)
+    if run.scaler is not None:
+        run.scaler.unscale_(run.optimizer)
+    gradients = [p.grad for p in run.model.parameters() if p.grad is not None]
+    norm = health.whole(get_total_norm(gradients))
+    orders = health.agree(run, loss, norm, checkpoint_due=checkpointing.due(run))
+    if orders.bad:
+        health.skip_step(run, loss)
+    else:
+        if run.config.optimizer.clip_grad is not None:
+            clip_grads_with_norm_(run.model.parameters(), run.config.optimizer.clip_grad, norm)
+        run.optimizer.step()
+        if run.ema is not None:
+            run.ema.update(run.model, run.step + 1)
+        run.bad_steps = 0
+        run.meter.add(loss, orders.norm)
+    if run.scaler is not None:
+        run.scaler.update()
+    run.optimizer.zero_grad(set_to_none=True)
+    return orders
+
+
+def forward_backward(run: Run, images: Tensor, targets: Tensor, *, last: bool) -> Tensor:
+    """Add one micro-batch's share to the gradients; ranks exchange them at the `last` one. Returns its share of the loss."""
+    training = run.config.training
+    if run.mixup is not None:
+        images, targets = run.mixup(images, targets)
+    if training.channels_last:
+        images = images.contiguous(memory_format=torch.channels_last)
+    no_sync = getattr(run.network, "no_sync", None)
+    with nullcontext() if last or no_sync is None else no_sync():
+        with torch.autocast(run.world.device.type, DTYPES[training.precision], enabled=training.precision != "float32"):
+            loss: Tensor = run.loss(run.network(images), targets) / training.accumulate
+        (loss if run.scaler is None else run.scaler.scale(loss)).backward()
+    return loss.detach()
+
+
+def log_step(run: Run) -> None:
+    """Log the means since the last row, and the pruner's numbers; a collective."""
+    row: dict[str, float | int | str] = {
+        "kind": "train",
+        "epoch": run.step / run.steps_per_epoch,
+        "train/lr": run.optimizer.param_groups[0]["lr"],
+        **run.meter.row(),
+    }
+    if run.pruner is not None:
+        row.update(run.pruner.metrics())
+    run.tracker.log(run.step, row)
+    every = run.config.tracking.layers_every
+    if run.pruner is not None and every and run.step % every < run.config.training.log_every:
+        run.tracker.log_layers(run.step, run.pruner.rows())
+
+
+def close_epoch(run: Run, epoch: int) -> None:
+    """Validate and save at the end of `epoch`, as far as they are due."""
+    last = run.step == run.total_steps
+    if last and run.pruner is not None:
+        run.pruner.finalize()
+    improved = False
+    if last or (epoch + 1) % run.config.training.eval_every == 0:
+        improved = validate(run)
+    run.closed_epochs = epoch + 1
+    if last or improved or run.closed_epochs % run.config.output.checkpoint_epochs == 0:
+        checkpointing.save(run, best=improved)
+    run.hooks.report({"epoch": run.closed_epochs, "step": run.step, **run.results})

@@ -1,0 +1,140 @@
+"""Where this process stands among the ranks of a run, and the few collectives that the trainer needs.
+
+The same trainer runs in one process, under torchrun and under Ray Train. `World` hides which: alone it skips
+communication, otherwise it uses the process group that torchrun's environment describes or that stands already.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from asp_dist.config import UserError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """One rank among `world_size`, with the device that it computes on.
+
+    Args:
+        rank: this process's number, 0 to `world_size` - 1.
+        local_rank: its number on this machine.
+        world_size: number of processes.
+        device: the device of model and batches.
+    """
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes the run's files."""
+        return self.rank == 0
+
+    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum `tensor` over the ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
+        return tensor
+
+    def max_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Elementwise maximum of `tensor` over the ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return tensor
+
+    def share(self, value: T) -> T:
+        """Rank 0's `value`, on every rank."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def on_main(self, work: Callable[[], T]) -> T:
+        """What `work` returns on rank 0, on every rank; what it raises there, every rank raises."""
+        result: T | None = None
+        error: Exception | None = None
+        if self.is_main:
+            try:
+                result = work()
+            except Exception as caught:
+                error = caught
+        result, error = self.share((result, error))
+        if error is not None:
+            raise error
+        return result  # type: ignore[return-value]
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's `value` in the order of the ranks, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def broadcast_(self, tensors: list[torch.Tensor]) -> None:
+        """Overwrite `tensors` by rank 0's."""
+        if self.world_size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, src=0)
+
+    def close(self) -> None:
+        """Leave the process group, if there is one."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def started_by_torchrun() -> bool:
+    """Whether torchrun, or another launcher with its environment variables, started this process as one rank."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def init_world(device: str = "auto", timeout_s: float = 600.0) -> World:
+    """The world of this process: an existing process group, torchrun's environment, or alone.
+
+    Args:
+        device: ``auto`` (CUDA where there is some, else the CPU), ``cpu`` or ``cuda``.
+        timeout_s: seconds after which a collective that does not finish raises.
+
+    Raises:
+        UserError: CUDA is asked for and there is none, or there are more ranks here than GPUs.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    chosen = _choose_device(device, local_rank)
+    if not dist.is_initialized():
+        if not started_by_torchrun() or os.environ["WORLD_SIZE"] == "1":
+            return World(device=chosen)
+        on_cuda = chosen.type == "cuda"
+        dist.init_process_group(
+            backend="cpu:gloo,cuda:nccl" if on_cuda else "gloo",
+            timeout=datetime.timedelta(seconds=timeout_s),
+            device_id=chosen if on_cuda else None,
+        )
+    return World(dist.get_rank(), local_rank, dist.get_world_size(), chosen)
+
+
+def _choose_device(name: str, local_rank: int) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu":
+        return torch.device("cpu")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if local_rank >= count:
+        raise UserError(
+            f"training.device = {name} with local rank {local_rank}, but this machine has {count} usable GPUs: "
+            "start fewer processes here, or set training.device=cpu"
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
