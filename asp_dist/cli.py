@@ -1,0 +1,211 @@
+"""The ``asp-dist`` command: reads the command line and the configuration, and calls what does the work."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import re
+import sys
+import traceback
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+
+from asp_dist import __version__, commands
+from asp_dist.config import Config, UserError
+
+# Commands whose first argument is a configuration, and which take its fields as options.
+CONFIGURED = ("train", "plan", "submit")
+EXIT_USER, EXIT_FAILURE, EXIT_STOPPED, EXIT_INTERRUPTED = 2, 1, 75, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``asp-dist`` and return its exit code.
+
+    0: done. 1: failed. 2: a mistake in the input or the set-up. 75: stopped behind a checkpoint; the same command goes on.
+    130: interrupted.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments or bool(os.environ.get("ASP_DIST_DEBUG"))
+    arguments = [a for a in arguments if a != "--debug"]
+    try:
+        return _run(arguments)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        code, message = _describe(error)
+        print(message, file=sys.stderr)
+        return code
+
+
+def _describe(error: Exception) -> tuple[int, str]:
+    """Exit code and the one message of an error."""
+    if type(error).__name__ == "Stopped":
+        return EXIT_STOPPED, str(error)
+    if isinstance(error, ArgumentError):
+        return EXIT_USER, f"error: {_readable(str(error))}"
+    if isinstance(error, UserError):
+        return EXIT_USER, f"error: {error}"
+    if isinstance(error, FileNotFoundError | PermissionError) and error.filename:
+        return EXIT_USER, f"error: {error.strerror}: {error.filename}"
+    return EXIT_FAILURE, f"error: {type(error).__name__}: {error} (--debug shows where)"
+
+
+def _readable(message: str) -> str:
+    """jsonargparse's words on a value of the wrong type, as one line with the field, the value and what fits."""
+    key = re.search(r'key "([\w.]+)"', message)
+    value = re.search(r"(?:Given|Got) value: (.*)", message)
+    if not key or not value:
+        return message
+    kinds = re.findall(r"Expected an? (?:<class '(\w+)'>|typing\.(Literal\[.*?\])|(\S+?)\.)", message)
+    wanted = " or ".join(dict.fromkeys(next(filter(None, kind)).replace("NoneType", "null") for kind in kinds))
+    return f"{key[1]} = {value[1].strip()} does not fit" + (f": expected {wanted}" if wanted else "")
+
+
+def _run(arguments: list[str]) -> int:
+    parser = build_parser()
+    if not arguments:
+        parser.print_help()
+        return EXIT_USER
+    name = arguments[0]
+    if name in CONFIGURED:
+        arguments = _with_config_option(arguments)
+        check_fields(arguments)
+    parsed = parser.parse_args(arguments)
+    options = parsed[parsed.command] if parsed.command else Namespace()
+    if name == "submit":
+        # The cluster's side parses the configuration again: it gets the words as they were written.
+        return commands.submit(to_config(parser, parsed), arguments[1:], **_own(options))
+    if name in CONFIGURED:
+        return typing.cast(int, getattr(commands, name)(to_config(parser, parsed), **_own(options)))
+    return typing.cast(int, getattr(commands, name)(**_plain(options)))
+
+
+def _with_config_option(arguments: list[str]) -> list[str]:
+    """``train FILE ...`` as ``train --config FILE ...``."""
+    if len(arguments) > 1 and not arguments[1].startswith("-"):
+        return [arguments[0], "--config", *arguments[1:]]
+    return arguments
+
+
+def to_config(parser: ArgumentParser, parsed: Namespace) -> Config:
+    """The run's configuration out of the parsed arguments.
+
+    Raises:
+        UserError: a value is out of its range.
+    """
+    options = parsed[parsed.command]
+    values = {field.name: options[field.name] for field in dataclasses.fields(Config)}
+    return typing.cast(Config, _instantiate(Config, values))
+
+
+def _instantiate(cls: type, values: Any) -> Any:
+    """Dataclass `cls` from nested namespaces and dictionaries."""
+    if dataclasses.is_dataclass(values) and not isinstance(values, type):
+        return values
+    hints = typing.get_type_hints(cls)
+    tree = values.as_dict() if isinstance(values, Namespace) else dict(values)
+    arguments = {}
+    for field in dataclasses.fields(cls):
+        if field.name not in tree:
+            continue
+        value, kind = tree[field.name], hints[field.name]
+        if dataclasses.is_dataclass(kind) and value is not None:
+            value = _instantiate(typing.cast("type", kind), value)
+        elif typing.get_origin(kind) is tuple and value is not None:
+            item = typing.get_args(kind)[0]
+            value = tuple(
+                _instantiate(typing.cast("type", item), v) if dataclasses.is_dataclass(item) else v for v in value
+            )
+        arguments[field.name] = value
+    return cls(**arguments)
+
+
+def _own(options: Namespace) -> dict[str, Any]:
+    """The options of a configured command that are not fields of the configuration."""
+    fields = {field.name for field in dataclasses.fields(Config)} | {"config", "print_config"}
+    return {name: value for name, value in _plain(options).items() if name not in fields}
+
+
+def _plain(options: Namespace) -> dict[str, Any]:
+    return {name: value for name, value in vars(options).items() if not name.startswith("__")}
+
+
+def field_names(cls: type = Config, prefix: str = "") -> list[str]:
+    """Dotted names of all fields of the configuration, groups included."""
+    names = []
+    for name, kind in typing.get_type_hints(cls).items():
+        names.append(prefix + name)
+        if dataclasses.is_dataclass(kind):
+            names.extend(field_names(typing.cast("type", kind), f"{prefix}{name}."))
+    return names
+
+
+def check_fields(arguments: Sequence[str]) -> None:
+    """Raise `UserError`, naming the nearest field, for an unknown field in the file or among the options."""
+    known = field_names()
+    for position, argument in enumerate(arguments):
+        previous = arguments[position - 1] if position else ""
+        if argument.startswith("--config=") or previous == "--config":
+            _check_file(Path(argument.removeprefix("--config=")), known)
+        elif argument.startswith("--") and "." in argument.split("=")[0]:
+            name = argument[2:].split("=")[0].rstrip("+")
+            if name not in known and ".kwargs." not in name:
+                raise UserError(f"unknown option --{name}{_nearest(name, known, '--')}")
+
+
+def _check_file(path: Path, known: list[str]) -> None:
+    if not path.is_file():
+        near = sorted(p.as_posix() for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        hint = f"; {path.parent} has {', '.join(near[:8])}" if near else ""
+        raise UserError(f"configuration {path} does not exist{hint}")
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise UserError(f"configuration {path} is not valid YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"configuration {path} holds no fields")
+    _check_tree(tree, "", known, path)
+
+
+def _check_tree(tree: dict[str, Any], prefix: str, known: list[str], path: Path) -> None:
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if name not in known:
+            raise UserError(f"{path}: unknown field {name}{_nearest(name, known)}")
+        if isinstance(value, dict) and not name.endswith("kwargs"):
+            _check_tree(value, f"{name}.", known, path)
+
+
+def _nearest(name: str, known: list[str], dashes: str = "") -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; the nearest is {dashes}{close[0]}" if close else ""
+
+
+def build_parser() -> ArgumentParser:
+    """The whole command line."""
+    parser = ArgumentParser(
+        prog="asp-dist",
+        description="Prune timm models while they train, on a Ray cluster, down to a budget that you name.",
+        epilog="--debug shows a traceback with any error.",
+        version=__version__,
+        exit_on_error=False,
+    )
+    commands_ = parser.add_subcommands(required=True, dest="command")
+    for name, build in commands.PARSERS.items():
+        help_text, add_arguments = build
+        sub = ArgumentParser(description=help_text, exit_on_error=False)
+        if name in CONFIGURED:
+            sub.add_argument("--config", action="config", help="YAML file; may be given as the first argument.")
+            sub.add_class_arguments(Config, nested_key=None, fail_untyped=True)
+        add_arguments(sub)
+        commands_.add_subcommand(name, sub, help=help_text)
+    return parser

@@ -1,0 +1,144 @@
+"""The command line: fields and their overrides, and the one clear message that answers a mistake."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+
+from asp_dist import __version__, cli
+from asp_dist.commands import PARSERS
+from asp_dist.config import BudgetTerm, Config, config_hash, differences, to_dict
+
+CONFIG = "configs/quickstart.yaml"
+
+
+def parse(*arguments: str) -> Config:
+    """The configuration that ``asp-dist train`` would run."""
+    parser = cli.build_parser()
+    words = cli._with_config_option(["train", *arguments])
+    cli.check_fields(words)
+    return cli.to_config(parser, parser.parse_args(words))
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The message of a command that must fail as a user's mistake."""
+    assert cli.main(arguments) == 2
+    printed = capsys.readouterr()
+    assert "Traceback" not in printed.err
+    return printed.err
+
+
+def test_a_file_and_dotted_overrides_make_a_configuration() -> None:
+    config = parse(CONFIG, "--budget.sparsity", "0.95", "--data.augment.scale", "[0.5, 0.9]", "--cluster.num_workers=1")
+    assert config.name == "quickstart" and config.model.name == "resnet18"
+    assert config.budget.sparsity == 0.95
+    assert config.data.augment.scale == (0.5, 0.9) and config.data.augment.hflip == 0.0
+    assert config.cluster.num_workers == 1
+
+
+def test_every_default_survives_a_round_trip_through_yaml(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(to_dict(Config())))
+    assert parse(str(file)) == Config()
+
+
+def test_several_budgets_are_read_from_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    also = [{"cost": "macs", "density": 0.15, "bound": "at_most"}]
+    file.write_text(yaml.safe_dump({"budget": {"density": 0.1, "also": also}}))
+    first, second = parse(str(file)).budget.terms()
+    assert first == BudgetTerm("parameters", density=0.1)
+    assert second == BudgetTerm("macs", density=0.15, bound="at_most")
+
+
+def test_dictionaries_of_arguments_can_be_given() -> None:
+    assert parse(CONFIG, "--optimizer.kwargs", "{nesterov: false}").optimizer.kwargs == {"nesterov": False}
+
+
+def test_print_config_is_a_configuration_again(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["train", CONFIG, "--budget.sparsity", "0.8", "--print_config"])
+    assert ended.value.code == 0
+    tree = yaml.safe_load(capsys.readouterr().out)
+    file = tmp_path / "printed.yaml"
+    file.write_text(yaml.safe_dump({k: v for k, v in tree.items() if k in to_dict(Config())}))
+    assert parse(str(file)).budget.sparsity == 0.8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("configs/nowhere.yaml",), ("configs/nowhere.yaml", "does not exist", "configs/quickstart.yaml")),
+        ((CONFIG, "--budget.sparsty", "0.5"), ("--budget.sparsty", "the nearest is --budget.sparsity")),
+        ((CONFIG, "--budget.sparsity", "1.0"), ("budget.sparsity = 1.0", "[0, 1)", "0.9 for 90 %")),
+        ((CONFIG, "--budget.sparsity", "-0.1"), ("budget.sparsity = -0.1", "[0, 1)")),
+        ((CONFIG, "--budget.sparsity", "most"), ("budget.sparsity = most", "float")),
+        ((CONFIG, "--data.batch_size", "many"), ("data.batch_size = many", "int")),
+        ((CONFIG, "--pruning.control", "magic"), ("pruning.control = magic", "loss", "track")),
+        ((CONFIG, "--pruning.ramp_end", "0.9"), ("ramp_end = 0.9", "freeze_at = 0.65")),
+        ((CONFIG, "--cluster.min_workers", "3"), ("cluster.min_workers = 3", "num_workers = 2")),
+        ((CONFIG, "--budget.count", "5"), ("sparsity and count", "keep one")),
+    ],
+)
+def test_a_wrong_value_names_the_field_the_value_and_the_remedy(
+    capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], words: tuple[str, ...]
+) -> None:
+    message = refusal(capsys, "train", *arguments)
+    assert all(word in message for word in words), message
+    assert len(message.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("model:\n  nam: resnet18\n", ("unknown field model.nam", "nearest is model.name")),
+        ("schedul:\n  epochs: 3\n", ("unknown field schedul", "nearest is schedule")),
+        ("model: [", ("not valid YAML",)),
+        ("just words", ("holds no fields",)),
+    ],
+)
+def test_a_wrong_file_is_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str, words: tuple[str, ...]
+) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    message = refusal(capsys, "train", str(file))
+    assert all(word in message for word in words), message
+
+
+def test_an_unknown_command_lists_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "train" in refusal(capsys, "trian")
+
+
+def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 2
+    assert "asp-dist" in capsys.readouterr().out
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--version"])
+    assert ended.value.code == 0
+    assert __version__ in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", list(PARSERS))
+def test_each_command_explains_itself(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main([command, "--help"])
+    assert ended.value.code == 0
+    assert command in capsys.readouterr().out
+
+
+def test_a_resumed_run_may_change_where_it_runs_but_not_what_it_computes() -> None:
+    config = Config()
+    moved = dataclasses.replace(config, cluster=dataclasses.replace(config.cluster, num_workers=4))
+    assert differences(to_dict(config), to_dict(moved)) == {}
+    assert config_hash(config) == config_hash(moved)
+    other = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, lr=0.2))
+    assert differences(to_dict(config), to_dict(other)) == {"optimizer.lr": (0.1, 0.2)}
+    assert differences(to_dict(config), to_dict(other), allowed=("optimizer.lr",)) == {}
+    assert config_hash(config) != config_hash(other)
