@@ -3,7 +3,18 @@
 from asp_dist.tracking.console import Console
 from asp_dist.tracking.layers import read_layers, write_json
 from asp_dist.tracking.metrics import Tail, read_rows
+from asp_dist.tracking.report import write_report
 from asp_dist.tracking.results import print_results
 from asp_dist.tracking.tracker import Tracker, build_tracker
 
-__all__ = ["Console", "Tail", "Tracker", "build_tracker", "print_results", "read_layers", "read_rows", "write_json"]
+__all__ = [
+    "Console",
+    "Tail",
+    "Tracker",
+    "build_tracker",
+    "print_results",
+    "read_layers",
+    "read_rows",
+    "write_json",
+    "write_report",
+]

@@ -34,6 +34,7 @@ def charts(rows: list[LayerRow], history: LayerHistory) -> dict[str, Any]:
         rows: the layers now, unpruned ones included (they stand in the table alone).
         history: the pruned layers over the evaluations so far.
     """
+    import plotly.graph_objects as go
     import wandb
 
     from asp_dist.tracking.pictures import heat_map
@@ -45,7 +46,7 @@ def charts(rows: list[LayerRow], history: LayerHistory) -> dict[str, Any]:
     if sparsities:
         logged["layers/sparsity"] = wandb.Histogram(sparsities, num_bins=32)
     if history.steps:
-        logged["layers/heat_map"] = wandb.Plotly(heat_map(history.thinned(HEAT_COLUMNS)))
+        logged["layers/heat_map"] = wandb.Plotly(go.Figure(heat_map(history.thinned(HEAT_COLUMNS))))
         lines = history.thinned(max(2, CHART_ROWS // max(1, len(history.names))))
         logged["layers/lines"] = wandb.plot.line_series(
             xs=lines.steps,
