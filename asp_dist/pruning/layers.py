@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.parallel import DistributedDataParallel
 
 PrunableNames = Callable[[nn.Module], Iterator[str]]
 
@@ -57,6 +58,17 @@ def register_prunable(module_type: type[nn.Module], *parameter_names: str) -> No
         yield from parameter_names
 
     _BY_TYPE.insert(0, (module_type, names))
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside `DistributedDataParallel` and `torch.compile`, whose wrappers would change the layers' names."""
+    while True:
+        if isinstance(model, DistributedDataParallel):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
 
 
 @dataclass(frozen=True)

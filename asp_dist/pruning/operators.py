@@ -64,11 +64,13 @@ def pruned_dot(gradient: Tensor, dense: Tensor, pruned: Tensor, threshold: float
     return torch.dot(gradient, _wide(dense)) - torch.dot(gradient, _wide(kept))
 
 
-def scale_pruned_gradient_(gradient: Tensor, pruned: Tensor, scale: float) -> None:
-    """Multiply, in place, the gradient of the pruned weights (those that are zero in `pruned`) by `scale`."""
+def scale_pruned_gradient_(gradient: Tensor | None, pruned: Tensor, scale: float) -> None:
+    """Multiply, in place, the gradient of the pruned weights (those that are zero in `pruned`) by `scale`; any strides."""
+    if gradient is None or scale == 1.0:
+        return
     if scale == 0.0:
         gradient.masked_fill_(pruned == 0, 0.0)
-    elif scale != 1.0:
+    else:
         gradient.copy_(torch.where(pruned == 0, gradient * scale, gradient))
 
 

@@ -15,7 +15,7 @@ from asp_dist.pruning import projection
 from asp_dist.pruning.budget import Budget, NetworkCosts, check_floors
 from asp_dist.pruning.control import Control, LossControl, Observation
 from asp_dist.pruning.density import DensityModel, gaussian_density, weight_threshold
-from asp_dist.pruning.layers import find_weights
+from asp_dist.pruning.layers import find_weights, unwrapped
 from asp_dist.pruning.losses import sparsity_loss
 from asp_dist.pruning.macs import macs_per_weight
 from asp_dist.pruning.operators import Operator, build_operator, moments, pruned_dot, scale_pruned_gradient_
@@ -100,7 +100,7 @@ class Pruner(Report):
     ) -> None:
         if control not in ("loss", "track"):
             raise ValueError(f"control {control!r} is neither 'loss' nor 'track'")
-        self.model = model
+        self.model = model = unwrapped(model)
         self.optimizer = optimizer
         self.operator = operator
         self.center = control == "loss" if center is None else center
@@ -133,6 +133,8 @@ class Pruner(Report):
                 rate=allocation_rate,
             )
         self._start()
+        if not getattr(type(optimizer).step, "hooked", False):
+            optimizer._patch_step_function()  # A wrapper that skips Optimizer.__init__ (timm's Lookahead) runs no hooks else.
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -192,19 +194,26 @@ class Pruner(Report):
         self.skipped = 0
         self._count_from = 0
         count = len(self.shards)
-        self._local_counts = torch.zeros(count, dtype=torch.float64)
-        self._fresh = torch.zeros(count, dtype=torch.bool)
+        self._local_counts = torch.zeros(count, dtype=torch.float64, device=self.device)
+        self._fresh = torch.ones(count, dtype=torch.bool)
         self._products = torch.zeros(count, dtype=torch.float64, device=self.device)
         self.measured = torch.ones(count, dtype=torch.float64)
         means, self.sigmas, _, _ = self._statistics()
         self.thresholds = self.control.start(self.sigmas)
         self._write_pruned(means)
+        self._local_counts = self._count_all()
         self._refresh_counts()
+        self.control.model.observe(self.thresholds, self.measured, self._fresh)
 
     # The optimizer's step.
 
+    @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Take the thresholds' gradients from the final gradients, and hand the dense weights to the optimizer."""
+        if kwargs.get("closure") is not None or any(callable(arg) for arg in args[1:]):
+            raise ValueError(
+                "optimizer.step(closure) runs the network inside the step, with dense weights: step without one"
+            )
         if self.frozen:
             return
         scale = getattr(optimizer, "grad_scale", None)  # Fused optimizers unscale the gradients inside their step.
@@ -219,7 +228,7 @@ class Pruner(Report):
                 pruned = shard.flat_pruned()
                 product = pruned_dot(gradient, shard.flat_dense(), pruned, threshold, self.operator)
                 products.append(product.double())
-                scale_pruned_gradient_(gradient, pruned, self.gradient_scale)
+                scale_pruned_gradient_(shard.gradient(), shard.pruned, self.gradient_scale)
             shard.hand_over_dense()
         self._products = torch.stack(products)
         if scale is not None:
@@ -228,17 +237,18 @@ class Pruner(Report):
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Move the thresholds, take the layers' statistics and write the pruned weights."""
+        found_inf = getattr(optimizer, "found_inf", None)
+        skip = found_inf is not None and float(found_inf) > 0  # A fused optimizer was called, and skipped its update.
+        self.skipped += skip
         if self.frozen:
             self._apply_frozen_masks()
-            self._advance()
+            if not skip:
+                self._advance()
             return
         for shard in self.shards:
             shard.take_back_dense()
         means, sigmas, products, counts = self._statistics()
-        found_inf = getattr(optimizer, "found_inf", None)
-        if found_inf is not None and float(found_inf) > 0:
-            # A fused optimizer was called, and skipped its update: nothing may move.
-            self.skipped += 1
+        if skip:
             return
         self._observe_counts(counts)
         seen = Observation(products, self.sigmas, sigmas, self._learning_rate(), self.steps)
@@ -267,7 +277,7 @@ class Pruner(Report):
         sums = [moments(shard.flat_dense()) for shard in self.shards]
         first = torch.stack([s.double() for s, _ in sums])
         second = torch.stack([s.double() for _, s in sums])
-        columns = (self._products, first, second, self._local_counts.to(self.device))
+        columns = (self._products, first, second, self._local_counts)
         products, total, squares, counts = torch.stack(self.reducer.reduce(*columns)).cpu()
         mean = total / self.numel
         variance = (squares - self.numel * mean.square()) / (self.numel - 1.0).clamp(min=1.0)
@@ -290,7 +300,7 @@ class Pruner(Report):
         while quota > 0 and not bool(self._fresh[self._count_from]):
             index = self._count_from
             self._fresh[index] = True
-            self._local_counts[index] = float(torch.count_nonzero(self.shards[index].pruned))
+            self._local_counts[index] = torch.count_nonzero(self.shards[index].pruned)
             quota -= float(self.numel[index])
             self._count_from = (index + 1) % len(self.shards)
 
@@ -298,13 +308,13 @@ class Pruner(Report):
         self.measured = torch.where(self._fresh, counts / self.numel, self.measured)
         self.control.model.observe(self.thresholds, self.measured, self._fresh)
 
+    def _count_all(self) -> Tensor:
+        return torch.stack([torch.count_nonzero(shard.pruned) for shard in self.shards]).double()
+
     def _refresh_counts(self) -> None:
-        """Count every layer now; a collective."""
-        local_counts = [float(torch.count_nonzero(shard.pruned)) for shard in self.shards]
-        self._local_counts = torch.tensor(local_counts, dtype=torch.float64)
-        (counts,) = self.reducer.reduce(self._local_counts.to(self.device))
-        self._fresh.fill_(True)
-        self._observe_counts(counts.cpu().round())
+        """Count every layer now, for a report; a collective. What the control has seen stays: a report changes no training."""
+        (counts,) = self.reducer.reduce(self._count_all())
+        self.measured = counts.cpu().round() / self.numel
 
     # The end: exact budget, frozen mask.
 
@@ -357,7 +367,7 @@ class Pruner(Report):
     @torch.no_grad()
     def apply_masks_(self, other: nn.Module) -> None:
         """Zero, in a model of the same architecture (an average of the weights, say), every weight that is pruned here."""
-        theirs = dict(other.named_parameters())
+        theirs = dict(unwrapped(other).named_parameters())
         names = {id(parameter): name for name, parameter in self.model.named_parameters()}
         for shard in self.shards:
             parameter = theirs[names[id(shard.parameter)]]
@@ -417,8 +427,7 @@ class Pruner(Report):
         self.thresholds, self.sigmas = state["thresholds"].clone(), state["sigmas"].clone()
         self.measured, self._count_from = state["measured"].clone(), state["count_from"]
         self.control.load_state_dict(state["control"])
-        counts = [float(torch.count_nonzero(shard.pruned)) for shard in self.shards]
-        self._local_counts = torch.tensor(counts, dtype=torch.float64)
+        self._local_counts = self._count_all()
         self._fresh = state["fresh"].clone()
 
     def remove(self) -> None:
@@ -461,6 +470,6 @@ class Pruner(Report):
 
 
 def _checksum(values: Tensor) -> Tensor:
-    """An order-dependent integer of the bits of a flat tensor, below 2^52."""
+    """The sum of the bits of a flat tensor's numbers, taken as integers, below 2^52."""
     integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
     return values.view(integers).to(torch.int64).sum() % (1 << 52)

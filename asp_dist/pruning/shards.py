@@ -73,16 +73,20 @@ class LayerShard:
         """The pruned weights of this rank, one-dimensional, sharing memory."""
         return flat(self.pruned)
 
+    def gradient(self) -> Tensor | None:
+        """This rank's part of the parameter's gradient; None where there is none."""
+        gradient = self.parameter.grad
+        return None if gradient is None else local(gradient)
+
     def flat_gradient(self) -> Tensor | None:
-        """The parameter's gradient in the memory order of `flat_dense`; None where there is none.
+        """The gradient in the memory order of `flat_dense`, a copy if its own order differs; None where there is none.
 
         Raises:
             ValueError: the gradient is sparse.
         """
-        gradient = self.parameter.grad
+        gradient = self.gradient()
         if gradient is None:
             return None
-        gradient = local(gradient)
         if gradient.layout is not torch.strided:
             raise ValueError(f"layer {self.info.name!r}: sparse gradients cannot be pruned; exclude the layer")
         if gradient.stride() != self.dense.stride():
