@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,10 @@ from asp_dist.config import Config
 from asp_dist.tracking import wandb_run
 from asp_dist.tracking.layers import LayerFile, LayerRow
 from asp_dist.tracking.metrics import MetricsFile, Row
+from asp_dist.tracking.report import write_report
 from asp_dist.tracking.watch import Watch
+
+log = logging.getLogger(__name__)
 
 
 class Tracker:
@@ -80,7 +84,7 @@ class RunTracker(Tracker):
         self._to_wandb(lambda run: run.alert(title, text))
 
     def finish(self, summary: dict[str, Any] | None = None, exit_code: int = 0) -> None:
-        """Check the budget, store summary and artifacts, and close wandb and the files."""
+        """Check the budget, store summary and artifacts, close wandb and the files, and write the report."""
         if self._finished:
             return
         self._finished = True
@@ -90,6 +94,15 @@ class RunTracker(Tracker):
         self._to_wandb(lambda run: run.finish(self.run_dir, summary, exit_code))
         self._layers.close()
         self._metrics.close()
+        if exit_code == 0:
+            self._write_report()
+
+    def _write_report(self) -> None:
+        """Write ``report.html``; a report that fails is said in the log, the run's results stand."""
+        try:
+            write_report([self.run_dir])
+        except Exception as error:
+            log.warning("%s is not written: %s: %s", self.run_dir / "report.html", type(error).__name__, error)
 
     def _to_wandb(self, call: Callable[[wandb_run.WandbRun], None]) -> None:
         """Run `call`; wandb failing is said in the record and ends wandb for this run, not the training."""

@@ -66,7 +66,12 @@ def run_files(run_dir: Path, run_id: str) -> list[Path]:
     return sorted((run_dir / "wandb").glob(f"*run-*-{run_id}/run-{run_id}.wandb"), key=lambda p: p.parent.name[-24:])
 
 
-def last_step(run_dir: Path, run_id: str) -> int:
-    """The last optimizer step that the run's files hold; -1 where there is none."""
-    steps = [row["global_step"] for path in run_files(run_dir, run_id) for row in history(path) if "global_step" in row]
-    return max(steps, default=-1)
+def last_steps(run_dir: Path, run_id: str) -> dict[str, int]:
+    """The last optimizer step that the run's files hold, of each kind of row (``train``, ``eval``, ``layers``)."""
+    last: dict[str, int] = {}
+    for path in run_files(run_dir, run_id):
+        for row in history(path):
+            for kind, prefix in (("train", "train/"), ("eval", "val/"), ("layers", "layers/")):
+                if "global_step" in row and any(key.startswith(prefix) for key in row):
+                    last[kind] = max(last.get(kind, -1), row["global_step"])
+    return last

@@ -43,15 +43,15 @@ class WandbRun:
     offline by several starts, stay in order when they are uploaded.
     """
 
-    def __init__(self, run: Any, mode: Mode, last_step: int) -> None:
+    def __init__(self, run: Any, mode: Mode, last_steps: dict[str, int]) -> None:
         self.run = run
         self.mode = mode
-        self._last_step = last_step
+        self._last_steps = last_steps
         self._scalars: set[str] = set()
 
     def log(self, row: Row) -> None:
         """Log a row's numbers at its step; a step that wandb has already is left as it is."""
-        if row["step"] <= self._last_step or row["kind"] == "event":
+        if row["kind"] == "event" or row["step"] <= self._last_steps.get(row["kind"], -1):
             return
         scalars = {key: value for key, value in row.items() if key not in NOT_SCALARS and _is_number(value)}
         room = MAX_SCALARS - len(self._scalars)
@@ -61,7 +61,7 @@ class WandbRun:
 
     def log_layers(self, step: int, rows: list[LayerRow], history: LayerHistory) -> None:
         """Log one table, one histogram, one heat map and one line chart of the layers, whatever their number."""
-        if step > self._last_step:
+        if step > self._last_steps.get("layers", -1):
             self._log(step, wandb_layers.charts(rows, history))
 
     def _log(self, step: int, values: dict[str, Any]) -> None:
@@ -147,9 +147,10 @@ def start(config: Config, run_dir: Path) -> WandbRun | None:
             mode = Mode("offline", f"the wandb server {base_url} did not take the run: {error}")
     if mode.name == "offline":
         run = _init(config, run_dir, "offline", 30.0)
-    known = wandb_file.last_step(run_dir, run.id)
+    known = wandb_file.last_steps(run_dir, run.id)
     if mode.name == "online" and run.resumed:
-        known = max(known, int(run.summary.get(STEP, -1)))
+        reached = int(run.summary.get(STEP, -1))
+        known = {kind: max(reached, known.get(kind, -1)) for kind in ("train", "eval", "layers")}
     run.define_metric(STEP, hidden=True)
     run.define_metric("*", step_metric=STEP)
     return WandbRun(run, mode, known)

@@ -14,6 +14,7 @@ from asp_dist.config import config_hash
 from asp_dist.export.safetensors_file import save_safetensors
 from asp_dist.training import sharding
 from asp_dist.training.evaluation import evaluate_model
+from asp_dist.training.layer_accuracy import add_to_rows, layer_accuracy, pick_subset
 from asp_dist.training.run import Run
 from asp_dist.training.rundir import MODEL, SUMMARY, write_text
 
@@ -33,6 +34,8 @@ def validate(run: Run) -> bool:
     numbers = run.pruner.metrics() if run.pruner is not None else {}
     rows = run.pruner.rows() if run.pruner is not None else []
     if run.pruner is not None:
+        if layer_accuracy_due(run):
+            add_to_rows(rows, measure_layers(run))
         run.tracker.log_layers(run.step, rows)
     run.tracker.log(run.step, {"kind": "eval", "epoch": run.step / run.steps_per_epoch, **run.results, **numbers})
     score = max(run.results["val/top1"], run.results.get("val/ema_top1", 0.0))
@@ -41,6 +44,22 @@ def validate(run: Run) -> bool:
     if improved:
         run.best = {"step": run.step, "val/top1": score}
     return improved
+
+
+def layer_accuracy_due(run: Run) -> bool:
+    """Whether this validation also measures what each layer costs: every few epochs, and in the last one."""
+    tracking = run.config.tracking
+    due = (run.closed_epochs + 1) % tracking.layer_accuracy_every == 0 or run.step == run.total_steps
+    return tracking.layer_accuracy_images > 0 and due
+
+
+def measure_layers(run: Run) -> dict[str, dict[str, float]]:
+    """Accuracy with each layer dense again, on the run's fixed share of the validation images; a collective."""
+    assert run.pruner is not None
+    if not run.layer_subset:
+        images, samples = run.config.tracking.layer_accuracy_images, run.loaders.val.num_samples
+        run.layer_subset = pick_subset(run.loaders.val, images, run.world, samples)
+    return layer_accuracy(run.model, run.pruner, run.layer_subset, run.config.training, run.world)
 
 
 def averaged_model(run: Run) -> nn.Module:

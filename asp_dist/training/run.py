@@ -44,6 +44,7 @@ class Run:
         skipped: skipped steps in all.
         best: the best validation at the budget: ``{"step": ..., "val/top1": ...}``.
         results: the latest validation.
+        layer_subset: validation batches on which single layers are judged.
     """
 
     config: Config
@@ -72,6 +73,7 @@ class Run:
     skipped: int = 0
     best: dict[str, Any] | None = None
     results: dict[str, Any] = field(default_factory=dict)
+    layer_subset: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
 
     @property
     def steps_per_epoch(self) -> int:
