@@ -1,0 +1,155 @@
+"""The sparsity losses, the density model and the schedule, against numbers by hand and finite differences."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from asp_dist.pruning import Budget, Ramp
+from asp_dist.pruning.budget import NetworkCosts
+from asp_dist.pruning.control import LossControl, Observation
+from asp_dist.pruning.density import (
+    DensityModel,
+    gaussian_density,
+    gaussian_density_gradient,
+    threshold_for_density,
+    weight_threshold,
+)
+from asp_dist.pruning.losses import sparsity_loss
+
+COSTS = NetworkCosts(("a", "b"), (100, 300), (4.0, 1.0), (4, 4))
+
+
+def vector(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+# Densities 0.2 and 0.4: the network's is (20 + 120) / 400 = 0.35; of the multiply-adds, (80 + 120) / 700.
+@pytest.mark.parametrize(
+    ("budget", "value", "gradient"),
+    [
+        (Budget.parameters(density=0.1), 0.0625, [0.125, 0.375]),
+        (Budget.parameters(density=0.1, bound="at_most"), 0.25, [0.25, 0.75]),
+        (Budget.parameters(density=0.5, bound="at_most"), 0.0, [0.0, 0.0]),
+        (Budget.parameters(density=0.5), 0.0225, [-0.075, -0.225]),
+        (Budget.parameters(density=0.1, scope="layer"), 0.05, [0.1, 0.3]),
+        (Budget.parameters(density=0.3, scope="layer", bound="at_most"), 0.05, [0.0, 0.5]),
+        (Budget.macs(density=0.1, bound="at_most"), 200 / 700 - 0.1, [4 / 7, 3 / 7]),
+    ],
+)
+def test_losses_by_hand(budget: Budget, value: float, gradient: list[float]) -> None:
+    limit = budget.resolve(COSTS)
+    densities = vector(0.2, 0.4).requires_grad_()
+    loss = sparsity_loss(limit, densities, limit.target_density)
+    assert loss.value.item() == pytest.approx(value, abs=1e-12)
+    assert loss.gradient.detach().tolist() == pytest.approx(gradient, abs=1e-12)
+    (automatic,) = torch.autograd.grad(loss.value, densities)
+    torch.testing.assert_close(automatic, loss.gradient.detach())
+
+
+def test_gaussian_density() -> None:
+    assert gaussian_density(vector(0.0, 1.0, 2.0)).tolist() == pytest.approx([1.0, 0.317310508, 0.045500264])
+    assert threshold_for_density(vector(0.1, 0.317310508)).tolist() == pytest.approx([1.644853627, 1.0])
+    assert gaussian_density(vector(-1.0)).item() == pytest.approx(
+        2 - 0.317310508
+    )  # r is not clamped here, as published
+    assert gaussian_density(vector(8.0)).item() == pytest.approx(math.erfc(8 / math.sqrt(2)), rel=1e-9)
+
+
+def test_weight_threshold_is_clamped() -> None:
+    sigmas = vector(2.0, 2.0, 2.0)
+    assert weight_threshold(vector(-1.0, 1.5, 7.0), sigmas).tolist() == pytest.approx([1e-6, 3.0 + 1e-6, 10.0 + 1e-6])
+
+
+@pytest.mark.parametrize("corrected", [False, True])
+def test_density_gradient_by_finite_differences(corrected: bool) -> None:
+    model = DensityModel(4, corrected=corrected)
+    thresholds, measured = vector(0.1, 0.8, 1.6, 2.5), vector(0.95, 0.3, 0.2, 0.001)
+    model.observe(thresholds, measured, torch.tensor([True, True, True, False]))
+    h = 1e-6
+    slope = (model.density(thresholds + h) - model.density(thresholds - h)) / (2 * h)
+    torch.testing.assert_close(model.gradient(thresholds), slope, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(model.threshold(model.density(thresholds)), thresholds, rtol=1e-7, atol=1e-7)
+    if corrected:
+        assert model.density(thresholds)[:3].tolist() == pytest.approx([0.95, 0.3, 0.2])
+        assert model.density(thresholds)[3].item() == pytest.approx(float(gaussian_density(thresholds)[3]))
+    else:
+        torch.testing.assert_close(model.gradient(thresholds), gaussian_density_gradient(thresholds))
+
+
+def observation(products: Tensor, lr: float = 0.1) -> Observation:
+    return Observation(products, vector(2.0, 4.0), vector(2.0, 4.0), lr, 0)
+
+
+def test_published_move_by_hand() -> None:
+    """r ← r − lr·v, v ← 0.9·v + ∇; ∇ = −(σ/b)·Σ g·w + λ·∂loss/∂d·d'(r)."""
+    limit = Budget.parameters(density=0.1).resolve(COSTS)
+    control = LossControl([limit], DensityModel(2, corrected=False), Ramp(), weight=10.0, lr=0.01)
+    thresholds, products = vector(1.0, 2.0), vector(3.0, -5.0)
+    density = 0.25 * 0.317310508 + 0.75 * 0.045500264
+    slopes = [-math.sqrt(2 / math.pi) * math.exp(-r * r / 2) for r in (1.0, 2.0)]
+    sparsity = [10 * 2 * (density - 0.1) * share * slope for share, slope in zip((0.25, 0.75), slopes)]
+    task = [-2.0 / (2.0 + 1e-6) * 3.0, -4.0 / (8.0 + 1e-6) * -5.0]
+    gradient = [s + t for s, t in zip(sparsity, task)]
+    moved = control.move(thresholds, observation(products))
+    assert moved.tolist() == pytest.approx([1.0 - 0.01 * gradient[0], 2.0 - 0.01 * gradient[1]], abs=1e-8)
+    # The same numbers again: the velocity is 1.9 gradients (the first thresholds are passed again).
+    again = control.move(thresholds, observation(products))
+    assert again.tolist() == pytest.approx([1.0 - 0.019 * gradient[0], 2.0 - 0.019 * gradient[1]], abs=1e-8)
+
+
+def test_threshold_learning_rate_follows_the_optimizer() -> None:
+    limit = Budget.parameters(density=0.1).resolve(COSTS)
+    control = LossControl([limit], DensityModel(2, corrected=False), Ramp())
+    assert control.learning_rate(0.1) == pytest.approx(0.001)
+    low, high = (control.move(vector(1.0, 1.0), observation(vector(0.0, 0.0), lr)) for lr in (0.1, 0.3))
+    assert not torch.equal(low, high)
+
+
+def test_no_task_gradient_where_the_threshold_is_clamped() -> None:
+    limit = Budget.parameters(density=0.1).resolve(COSTS)
+    control = LossControl([limit], DensityModel(2, corrected=False), Ramp(), weight=0.0, lr=1.0)
+    assert control.move(vector(-0.1, 5.1), observation(vector(7.0, 7.0))).tolist() == [-0.1, 5.1]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_bad_products_leave_thresholds_finite(bad: float) -> None:
+    limit = Budget.parameters(density=0.1).resolve(COSTS)
+    for ramp in (Ramp(), Ramp("cubic", total_steps=10)):
+        control = LossControl([limit], DensityModel(2, corrected=False), ramp)
+        moved = vector(1.0, 1.0)
+        for _ in range(3):
+            moved = control.move(moved, observation(vector(bad, 1.0)))
+            assert torch.isfinite(moved).all()
+
+
+def test_ramps() -> None:
+    linear = Ramp("linear", start=0.25, end=0.75, freeze_at=0.8, total_steps=100)
+    assert [linear.share(s) for s in (0, 25, 50, 75, 100)] == [0.0, 0.0, 0.5, 1.0, 1.0]
+    assert (linear.arrival_step(), linear.freeze_step()) == (75, 80)
+    cubic = Ramp("cubic", end=0.5, total_steps=100)
+    assert [cubic.share(s) for s in (0, 25, 50, 99)] == [0.0, 0.875, 1.0, 1.0]
+    assert cubic.freeze_step() is None
+    assert Ramp().share(0) == 1.0
+    assert (Ramp().arrival_step(), Ramp().freeze_step()) == (0, None)
+    assert Ramp("cubic", start=0.5, end=0.5, total_steps=100).share(50) == 1.0  # a jump
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"shape": "cosine"}, "ramp shape 'cosine'"),
+        ({"shape": "linear", "start": 0.6, "end": 0.5, "total_steps": 10}, "start = 0.6 <= end = 0.5"),
+        ({"shape": "linear", "end": 1.2, "total_steps": 10}, "end = 1.2"),
+        ({"shape": "linear", "end": 0.5, "freeze_at": 0.4, "total_steps": 10}, "freeze_at = 0.4"),
+        ({"shape": "linear"}, "needs total_steps"),
+        ({"freeze_at": 0.9}, "needs total_steps"),
+    ],
+)
+def test_ramp_errors(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Ramp(**arguments)

@@ -1,0 +1,77 @@
+"""The pruning operators and the passes over the weights, on tensors that can be checked by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from asp_dist.pruning.operators import Operator, build_operator, moments, pruned_dot, scale_pruned_gradient_
+
+DENSE = [-3.0, -1.0, -0.5, 0.0, 1.0, 2.0]
+GRADIENT = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
+EXPECTED: dict[Operator, list[float]] = {
+    "hard": [-3.0, 0.0, 0.0, 0.0, 0.0, 2.0],
+    "soft": [-2.0, 0.0, 0.0, 0.0, 0.0, 1.0],
+    "power": [-(26 ** (1 / 3)), 0.0, 0.0, 0.0, 0.0, 7 ** (1 / 3)],
+}
+
+
+def prune(name: Operator, dense: Tensor, threshold: float, p: float = 3.0) -> Tensor:
+    out = torch.full_like(dense, 9.0)
+    build_operator(name, p)(dense, threshold, out)
+    return out
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_operators_by_hand(name: Operator, dtype: torch.dtype) -> None:
+    """With b = 1: a weight of exactly b is pruned."""
+    dense = torch.tensor(DENSE, dtype=dtype)
+    expected = torch.tensor(EXPECTED[name], dtype=dtype)
+    rtol = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2e-2}[dtype]
+    pruned = prune(name, dense, 1.0)
+    torch.testing.assert_close(pruned, expected, rtol=rtol, atol=0)
+    assert torch.equal(pruned == 0, expected == 0)
+    assert dense.tolist() == DENSE
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_pruned_dot_by_hand(name: Operator) -> None:
+    """Σ over pruned weights of gradient·weight: 2·(−1) + 3·(−0.5) + 4·0 + 5·1 = 1.5."""
+    dense, gradient = torch.tensor(DENSE), torch.tensor(GRADIENT)
+    assert float(pruned_dot(gradient, dense, prune(name, dense, 1.0), 1.0, name)) == pytest.approx(1.5)
+
+
+def test_power_is_soft_for_p_1_and_keeps_tiny_weights() -> None:
+    dense = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(prune("power", dense, 0.7, 1.0), prune("soft", dense, 0.7), rtol=1e-5, atol=1e-6)
+    small = prune("power", dense * 1e-14, 0.7e-14)  # cubes of such weights are zero in float32
+    torch.testing.assert_close(small * 1e14, prune("power", dense, 0.7), rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match=r"p = 0.5 must be at least 1"):
+        build_operator("power", 0.5)
+    with pytest.raises(ValueError, match="operator 'firm'"):
+        build_operator("firm")  # type: ignore[arg-type]
+
+
+def test_not_a_number_stays_visible() -> None:
+    dense = torch.tensor([math.nan, 0.1, 2.0])
+    assert math.isnan(prune("hard", dense, 1.0)[0])
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.5, 1.0])
+def test_gradient_scale(scale: float) -> None:
+    pruned = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+    gradient = torch.tensor([[10.0, 20.0], [30.0, 40.0]]).t().contiguous().t()  # strides of its own
+    scale_pruned_gradient_(gradient, pruned, scale)
+    assert gradient.tolist() == [[10.0, 20.0 * scale], [30.0 * scale, 40.0]]
+    scale_pruned_gradient_(None, pruned, scale)
+
+
+def test_moments() -> None:
+    assert [float(m) for m in moments(torch.tensor([1.0, -2.0, 4.0]))] == [3.0, 21.0]
+    # In bfloat16 a running sum of ones would stop at 256.
+    total, squares = moments(torch.ones(100_000, dtype=torch.bfloat16))
+    assert (float(total), float(squares)) == (100_000.0, 100_000.0)
