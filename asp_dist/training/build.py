@@ -154,8 +154,14 @@ def wrap_model(config: TrainingConfig, model: nn.Module, world: World) -> nn.Mod
     """What the training step calls: `model` itself, under DDP with several replicas, compiled if asked for."""
     network = model
     if world.world_size > 1 and config.parallel == "ddp":
-        ids = [world.device.index] if world.device.type == "cuda" else None
-        network = nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+        on_cuda = world.device.type == "cuda"
+        network = nn.parallel.DistributedDataParallel(
+            model,
+            device_ids=[world.device.index] if on_cuda else None,
+            # Views save a copy, but lie at other alignments before DDP reorders its buckets after the first step, and
+            # the CPU's dot products round by alignment: a resumed run would differ in the last bits.
+            gradient_as_bucket_view=on_cuda,
+        )
     if config.compile:
         network = torch.compile(network)  # type: ignore[assignment]
     return network

@@ -145,6 +145,7 @@ def forward_backward(run: Run, images: Tensor, targets: Tensor, *, last: bool) -
 
 def log_step(run: Run) -> None:
     """Log the means since the last row, and the pruner's numbers; a collective."""
+    checkpointing.log_events(run, run.keeper.events())
     row: dict[str, float | int | str] = {
         "kind": "train",
         "epoch": run.step / run.steps_per_epoch,
