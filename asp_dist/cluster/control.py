@@ -121,40 +121,6 @@ class Control:
             yield
 
 
-class Tail:
-    """The JSON lines that are appended to a file from now on.
-
-    A resumed run cuts the rows off that its checkpoint does not cover, so the file may also shrink.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._offset = path.stat().st_size if path.exists() else 0
-
-    def poll(self) -> list[dict[str, Any]]:
-        """The complete lines since the last call."""
-        try:
-            with self.path.open("rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                if size < self._offset:
-                    self._offset = size
-                file.seek(self._offset)
-                chunk = file.read()
-        except OSError:
-            return []
-        complete = chunk[: chunk.rfind(b"\n") + 1]
-        self._offset += len(complete)
-        rows = []
-        for line in complete.splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue  # the end of a line whose beginning was cut off
-            if isinstance(row, dict):
-                rows.append(row)
-        return rows
-
-
 def _write(path: Path, text: str) -> None:
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     aside.write_text(text)

@@ -11,7 +11,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -21,13 +20,15 @@ from ray.train import FailureConfig, Result, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import WorkerGroupError
 
-from asp_dist.cluster.control import Control, Tail
-from asp_dist.cluster.failures import ClusterError, FailureLog, describe, fatal_error, one_line
+from asp_dist.cluster.control import Control
+from asp_dist.cluster.failures import ClusterError, FailureLog, describe, event, fatal_error, one_line
 from asp_dist.cluster.resources import Resources, check_storage, plan_resources
 from asp_dist.cluster.session import ray_session
 from asp_dist.cluster.worker import ClusterTorchConfig, Job, TrainFunction, work
 from asp_dist.config import Config
+from asp_dist.tracking import Tail
 from asp_dist.training.hooks import Stopped
+from asp_dist.training.rundir import run_dir, with_absolute_paths
 
 OnRow = Callable[[dict[str, Any]], None]
 POLL_S = 0.3
@@ -50,35 +51,19 @@ def run(config: Config, on_row: OnRow | None = None, *, train: TrainFunction | N
         ClusterError: the workers failed more than ``cluster.max_failures`` times, or in a way that would repeat.
         KeyboardInterrupt: a second SIGINT.
     """
+    # The workers have another working directory.
     config = with_absolute_paths(config)
+    config = dataclasses.replace(config, output=dataclasses.replace(config.output, dir=str(run_dir(config).parent)))
     with _Signals() as signals, ray_session(config.cluster) as local:
         signals.install()  # ray.init has set a SIGTERM handler of its own
         needed = plan_resources(config, ray.nodes(), local=local)
-        control = Control.begin(Path(config.output.dir) / config.name)
+        control = Control.begin(run_dir(config))
         try:
             check_storage(config, control, ray.nodes(), needed)
             signals.connect(control)
             return _Launch(config, control, needed, on_row or (lambda row: None), train).run()
         finally:
             control.end()
-
-
-def with_absolute_paths(config: Config, root: str | os.PathLike[str] | None = None) -> Config:
-    """`config` with its relative paths made absolute, from `root` or this process's working directory."""
-    base = Path(root) if root is not None else Path.cwd()
-
-    def absolute(path: str) -> str:
-        return path if "://" in path else os.path.normpath(base / Path(path).expanduser())
-
-    model = config.model
-    if model.weights is not None:
-        model = dataclasses.replace(model, weights=absolute(model.weights))
-    return dataclasses.replace(
-        config,
-        model=model,
-        data=dataclasses.replace(config.data, root=absolute(config.data.root)),
-        output=dataclasses.replace(config.output, dir=absolute(config.output.dir)),
-    )
 
 
 class _Launch:
@@ -93,6 +78,7 @@ class _Launch:
         self.on_row = on_row
         self.job = Job(config, control, train)
         self.log = str(control.run_dir / "logs")
+        self.step = 0
 
     def run(self) -> dict[str, Any]:
         """Train, over as many controllers as die under it, and return rank 0's summary."""
@@ -105,7 +91,7 @@ class _Launch:
                 failures += 1
                 if 0 <= self.config.cluster.max_failures < failures:
                     raise ClusterError(f"Ray Train's controller died {failures} times: {one_line(error)}") from error
-                self._event("Ray Train's controller died; starting another, from the last checkpoint")
+                self.on_row(event("Ray Train's controller died; starting another", self.step))
         if "stopped" in outcome:
             raise Stopped(*outcome["stopped"])
         if "fatal" in outcome:
@@ -125,17 +111,20 @@ class _Launch:
 
         logging.getLogger("ray.train").setLevel(logging.ERROR)
         logging.getLogger("ray.tune").setLevel(logging.ERROR)
-        tails = [Tail(self.control.run_dir / "metrics.jsonl"), Tail(self.control.folder / "failures")]
+        tails = (
+            Tail(self.control.run_dir / "metrics.jsonl", from_end=True),
+            Tail(self.control.folder / "failures", from_end=True),
+        )
         thread = threading.Thread(target=fit, name="ray-train", daemon=True)
         thread.start()
         while thread.is_alive():
             thread.join(POLL_S)
-            self._show(tails)
+            self._show(*tails)
             fatal = self.control.fatal()
             if fatal is not None:
                 time.sleep(POLL_S)
                 raise fatal_error(fatal, self.log)
-        self._show(tails)
+        self._show(*tails)
         if "error" in box:
             raise self._explain(box["error"])
         result: Result = box["result"]
@@ -170,13 +159,12 @@ class _Launch:
             ),
         )
 
-    def _show(self, tails: list[Tail]) -> None:
-        for tail in tails:
-            for row in tail.poll():
-                self.on_row(row)
-
-    def _event(self, message: str) -> None:
-        self.on_row({"kind": "event", "event": "failure", "time": time.time(), "message": message})
+    def _show(self, metrics: Tail, failures: Tail) -> None:
+        for row in metrics.read():
+            self.step = row["step"]
+            self.on_row(row)
+        for row in failures.read():
+            self.on_row({**row, "step": self.step})
 
     def _explain(self, error: BaseException) -> BaseException:
         if isinstance(error, RayActorError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from typing import Any
 
@@ -32,9 +33,13 @@ class FailureLog(UserCallback):
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Append the failure's cause."""
-        record = {"kind": "event", "event": "failure", "time": time.time(), "message": describe(worker_exceptions)}
         with (self._control.folder / "failures").open("a") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps(event(describe(worker_exceptions))) + "\n")
+
+
+def event(message: str, step: int = 0) -> dict[str, Any]:
+    """A row for the driver's display; it alone knows the step."""
+    return {"step": step, "kind": "event", "event": "failure", "time": time.time(), "message": message}
 
 
 def describe(failures: dict[int, Exception]) -> str:
@@ -53,22 +58,11 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, OutOfMemoryError):
         return "was killed because its machine ran out of memory (fewer cluster.num_workers per node would help)"
     if isinstance(error, (ActorDiedError, RayActorError)):
-        text = " ".join(str(error).split())
-        node = text.partition("node_ip: ")[2].partition(" ")[0]
-        return "its process died" + (f" on node {node}" if node else "") + _cause_of_death(text)
+        found = re.search(r"^\s*(?:node_)?ip: (\S+)", str(error), re.MULTILINE)
+        node = found[1] if found else ""
+        return "its process died" + (f" on node {node}" if node else "") + " (killed, out of memory or crashed)"
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[-1] if isinstance(error, RayError) and lines else ' '.join(lines)}"
-
-
-def _cause_of_death(text: str) -> str:
-    lowered = text.lower()
-    if "node" in lowered and ("died" in lowered or "dead" in lowered) and "node failure" in lowered:
-        return " with its node"
-    if "out of memory" in lowered or "oom" in lowered:
-        return ", perhaps for lack of memory"
-    if "sigkill" in lowered or "signal 9" in lowered:
-        return " (SIGKILL)"
-    return ""
 
 
 def fatal_error(record: dict[str, Any], log: str) -> Exception:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import shutil
 import signal
+import socket
 import tempfile
 import time
 from collections.abc import Iterator
@@ -13,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import ray
+from ray._private import services, worker
 
 from asp_dist.config import ClusterConfig, UserError
 
@@ -29,6 +32,8 @@ ENVIRONMENT = {
 OBJECT_STORE_BYTES = 128 << 20  # no training data passes through Ray
 EXIT_WAIT_S = 15.0
 
+logger = logging.getLogger(__name__)
+
 
 @contextmanager
 def ray_session(cluster: ClusterConfig) -> Iterator[bool]:
@@ -39,14 +44,16 @@ def ray_session(cluster: ClusterConfig) -> Iterator[bool]:
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    _quiet_raylet()
     address = cluster.address or os.environ.get("RAY_ADDRESS") or "local"
     if address == "local":
         with _local_cluster():
             yield True
         return
     try:
+        _knock(address)
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"no Ray cluster answers at {address} ({reason}): check cluster.address or RAY_ADDRESS, that "
@@ -63,6 +70,10 @@ def _local_cluster() -> Iterator[None]:
     """A Ray cluster with this machine's CPUs and GPUs, in a folder of its own; no process of it stays."""
     # Sockets live in this folder, and their paths may have 107 characters at most.
     folder = tempfile.mkdtemp(prefix="asp-dist-ray-", dir="/tmp")
+    if not {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
+        # Ray, which turns token authentication on here, would write a token to the home directory: the user's later
+        # clusters would start differently. It keeps the first token that a process uses, so this one stays.
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     try:
         ray.init(
             address="local",
@@ -80,6 +91,26 @@ def _local_cluster() -> Iterator[None]:
         ray.shutdown()
         _wait_for_exit(children)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _knock(address: str) -> None:
+    """Raise OSError unless something listens at ``HOST:PORT`` (``auto``: at the cluster started here last).
+
+    ``ray.init`` alone would try for more than ten minutes.
+    """
+    found = services.canonicalize_bootstrap_address(address)
+    if found is None:
+        raise ConnectionError("none was started on this machine")
+    host, _, port = found.rpartition(":")
+    socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+
+
+def _quiet_raylet() -> None:
+    """Send the raylet's messages about dead workers to the log: they pass ``log_to_driver=False`` by.
+
+    The driver says the same in one line of its own.
+    """
+    worker.print_to_stdstream = lambda data, ignore_prefix: logger.debug("%s", "\n".join(data["lines"]))
 
 
 def _processes() -> dict[int, tuple[int, str]]:
