@@ -1,6 +1,7 @@
 """Tracking: the run's rows go to ``metrics.jsonl`` and wandb, to a terminal, and into a report."""
 
 from asp_dist.tracking.console import Console
+from asp_dist.tracking.dashboard import create_dashboard
 from asp_dist.tracking.layers import read_layers, write_json
 from asp_dist.tracking.metrics import Tail, read_rows
 from asp_dist.tracking.report import write_report
@@ -12,6 +13,7 @@ __all__ = [
     "Tail",
     "Tracker",
     "build_tracker",
+    "create_dashboard",
     "print_results",
     "read_layers",
     "read_rows",

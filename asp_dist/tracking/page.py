@@ -25,11 +25,11 @@ figure { background: var(--card); border: 1px solid var(--line); border-radius: 
 figure.wide { grid-column: 1 / -1; }
 figcaption b { display: block; } figcaption { color: var(--soft); font-size: 13px; }
 figcaption b { color: var(--ink); font-size: 15px; }
-.scroll { overflow: auto; max-height: 520px; background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
+.scroll { overflow: auto; max-height: 520px; margin-top: 16px; background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
 table { border-collapse: collapse; width: 100%; font-size: 13px; font-variant-numeric: tabular-nums; }
 th, td { padding: 5px 10px; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { position: sticky; top: 0; background: var(--card); } th:first-child, td:first-child { text-align: left; }
-td.text { text-align: left; white-space: normal; } td.warning { color: #b45309; }
+th.text, td.text { text-align: left; white-space: normal; }
 details { margin: 10px 0; } summary { cursor: pointer; }
 pre { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 12px; overflow: auto; }
 pre { font-size: 12px; }
@@ -93,7 +93,7 @@ class Page:
 
     def table(self, header: Sequence[str], rows: Sequence[Sequence[Any]], text_columns: Sequence[int] = ()) -> None:
         """A table; `text_columns` are set to the left and may wrap."""
-        head = "".join(f"<th>{text(h)}</th>" for h in header)
+        head = "".join(f"<th{' class=text' if i in text_columns else ''}>{text(h)}</th>" for i, h in enumerate(header))
         body = []
         for row in rows:
             kinds = ['class="text"' if i in text_columns else "" for i in range(len(row))]
