@@ -51,6 +51,9 @@ _REFUSED: dict[str, str] = {
 }
 
 
+_COMPUTED = "its weights are computed from other parameters (a parametrization), which undoes zeros"
+
+
 def register_prunable(module_type: type[nn.Module], *parameter_names: str) -> None:
     """Declare that the named parameters of `module_type` (and its subclasses) are prunable weights."""
 
@@ -112,6 +115,15 @@ def _candidates(module: nn.Module) -> tuple[list[str], str]:
     return [], refusal
 
 
+def _parameter(module: nn.Module, name: str) -> tuple[nn.Parameter | None, str]:
+    """The named parameter of a module, or what it is computed from; and in that case the reason to refuse it."""
+    parameter = module._parameters.get(name)
+    if parameter is not None or getattr(module, name, None) is None:
+        return parameter, ""
+    sources = [p for own, p in module.named_parameters() if name in own.split(".") or own.startswith(f"{name}_")]
+    return (max(sources, key=lambda p: p.numel()), _COMPUTED) if sources else (None, "")
+
+
 def _reason(name: str, numel: int, min_weights: int, include: Sequence[str], exclude: Sequence[str]) -> str:
     if any(fnmatchcase(name, pattern) for pattern in exclude):
         return "excluded by name"
@@ -144,15 +156,15 @@ def find_weights(
     for module_name, module in model.named_modules():
         names, refusal = _candidates(module)
         for parameter_name in names:
-            parameter = module._parameters.get(parameter_name)
+            parameter, computed = _parameter(module, parameter_name)
             if parameter is None or id(parameter) in seen or not parameter.requires_grad:
                 continue
             seen.add(id(parameter))
             parts = [module_name] if parameter_name == "weight" else [module_name, parameter_name]
             name = ".".join(part for part in parts if part) or parameter_name
             reason = _reason(name, parameter.numel(), min_weights, include, exclude)
-            if refusal and not reason:
-                refused.append((name, f"{type(module).__name__}: {refusal}"))
+            if (refusal or computed) and not reason:
+                refused.append((name, f"{type(module).__name__}: {refusal or computed}"))
             found.append(WeightInfo(name, module_name, parameter, type(module).__name__, reason))
     for option, patterns in (("include", include), ("exclude", exclude)):
         for pattern in patterns:
