@@ -60,3 +60,29 @@ def parity_network(*, norms: bool = True) -> nn.Sequential:
 def published_sgd(model: nn.Module, **options: Any) -> torch.optim.SGD:
     """The optimizer of the recorded trajectories."""
     return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, **options)
+
+
+def small_network(seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Sequential:
+    """Two prunable layers (1,152 and 2,304 weights) between two small ones; no batch norm."""
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        *(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU()),
+        *(nn.Conv2d(8, 16, 3, padding=1, stride=2), nn.ReLU()),
+        *(nn.Flatten(), nn.Linear(144, 16), nn.ReLU(), nn.Linear(16, 10)),
+    ).to(dtype)
+
+
+def small_batch(step: int, size: int = 8, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    """Images and labels of one step, always the same."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    images = torch.randn(size, 3, 6, 6, generator=generator, dtype=torch.float64)
+    return images.to(dtype), torch.randint(0, 10, (size,), generator=generator)
+
+
+def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """One plain training step on `small_batch`, in the model's own type."""
+    dtype = next(model.parameters()).dtype
+    images, labels = small_batch(step, dtype=dtype)
+    optimizer.zero_grad()
+    nn.functional.cross_entropy(model(images).float() if dtype.itemsize < 4 else model(images), labels).backward()
+    optimizer.step()

@@ -250,6 +250,9 @@ class Pruner(Report):
         means, sigmas, products, counts = self._statistics()
         if skip:
             return
+        # A gradient that is not a number ruins the weights; thresholds and the other layers must outlive it.
+        means = torch.nan_to_num(means, nan=0.0, posinf=0.0, neginf=0.0)
+        sigmas = torch.where(torch.isfinite(sigmas), sigmas, self.sigmas)
         self._observe_counts(counts)
         seen = Observation(products, self.sigmas, sigmas, self._learning_rate(), self.steps)
         self.thresholds = self.control.move(self.thresholds, seen)
