@@ -81,9 +81,6 @@ def _run(arguments: list[str]) -> int:
         check_fields(arguments)
     parsed = parser.parse_args(arguments)
     options = parsed[parsed.command] if parsed.command else Namespace()
-    if name == "submit":
-        # The cluster's side parses the configuration again: it gets the words as they were written.
-        return commands.submit(to_config(parser, parsed), arguments[1:], **_own(options))
     if name in CONFIGURED:
         return typing.cast(int, getattr(commands, name)(to_config(parser, parsed), **_own(options)))
     return typing.cast(int, getattr(commands, name)(**_plain(options)))

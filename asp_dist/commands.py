@@ -10,11 +10,11 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse import ArgumentParser
 
-from asp_dist.config import Config, UserError, to_dict
+from asp_dist.config import Config, UserError
 
 if TYPE_CHECKING:
     from asp_dist.tracking import Console
@@ -148,6 +148,21 @@ def evaluate(run_dir: str, *, json: bool = False) -> int:
     return 0
 
 
+def _export_arguments(parser: ArgumentParser) -> None:
+    _run_dir_argument(parser)
+    parser.add_argument("--format", type=Literal["sparse", "onnx"], default="sparse", help="form of the file.")
+    parser.add_argument("--output", type=str | None, default=None, help="file to write; default: in the run's folder.")
+
+
+def export(run_dir: str, *, format: Any = "sparse", output: str | None = None) -> int:
+    """Write a run's model for another program."""
+    from asp_dist.export.run import export_run
+
+    path = export_run(Path(run_dir), format, Path(output) if output else None)
+    print(f"{path}  ({path.stat().st_size:,} bytes)")
+    return 0
+
+
 def _prepare_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("dataset", type=str, help="digits.")
     parser.add_argument("--target", type=str | None, default=None, help="folder to write; default: data/DATASET.")
@@ -163,20 +178,87 @@ def prepare(dataset: str, *, target: str | None = None) -> int:
     return 0
 
 
+def _report_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("run_dirs", type=str, nargs="+", help="folders of runs; several are shown side by side.")
+    parser.add_argument("--output", type=str | None, default=None, help="file to write; default: report.html there.")
+
+
+def report(run_dirs: list[str], *, output: str | None = None) -> int:
+    """Write the report of one run, or of several side by side."""
+    from asp_dist.tracking.report import write_report
+
+    print(write_report(run_dirs, output))
+    return 0
+
+
+def _compare_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("run_dirs", type=str, nargs="+", help="folders of finished runs.")
+    parser.add_argument("--json", action="store_true", help="print the summaries as JSON lines.")
+
+
+def compare(run_dirs: list[str], *, json: bool = False) -> int:
+    """Print the results of several runs side by side."""
+    from asp_dist.tracking.compare import print_comparison
+
+    print_comparison([Path(run_dir) for run_dir in run_dirs], as_json=json)
+    return 0
+
+
+def _dashboard_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--project", type=str, default="asp-dist", help="wandb project.")
+    parser.add_argument("--entity", type=str | None, default=None, help="wandb user or team.")
+    parser.add_argument(
+        "--output", type=str | None, default=None, help="write the definitions here, and ask no server."
+    )
+
+
+def dashboard(*, project: str, entity: str | None = None, output: str | None = None) -> int:
+    """Create the wandb workspace and report of a project."""
+    from asp_dist.tracking.dashboard import create_dashboard
+
+    for address in create_dashboard(project, entity, out=output):
+        print(address)
+    return 0
+
+
 def _submit_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--address", type=str | None, default=None, help="http://HEAD:8265; default: RAY_ADDRESS.")
+    parser.add_argument("--root", type=str | None, default=None, help="folder on the cluster that paths start from.")
     parser.add_argument("--no-wait", action="store_true", help="return once the job is submitted.")
+    parser.add_argument("--status", type=str | None, default=None, metavar="JOB", help="show how a job stands.")
+    parser.add_argument("--stop", type=str | None, default=None, metavar="JOB", help="stop a job behind a checkpoint.")
+    parser.add_argument("--tls", type=str | None, default=None, help="certificates to trust for https, or 'off'.")
 
 
-def submit(config: Config, words: list[str], **options: Any) -> int:
-    """Submit a training run to a Ray cluster as a job."""
-    raise UserError("asp-dist submit is not here yet")
+def submit(
+    config: Config,
+    *,
+    address: str | None = None,
+    root: str | None = None,
+    no_wait: bool = False,
+    status: str | None = None,
+    stop: str | None = None,
+    tls: str | None = None,
+) -> int:
+    """Submit a training run to a Ray cluster as a job, or ask after one."""
+    from asp_dist.cluster import jobs
+
+    cluster = jobs.Cluster(address, verify=tls is None or (False if tls == "off" else tls))
+    if status is not None:
+        return jobs.status(status, cluster)
+    if stop is not None:
+        return jobs.stop(stop, cluster)
+    return jobs.submit(config, cluster, root=root, wait=not no_wait)
 
 
 # Command -> (help, its arguments). The functions of the same names are called with the parsed arguments.
 PARSERS: dict[str, tuple[str, AddArguments]] = {
     "train": ("Train and prune a model as a configuration says.", _train_arguments),
     "evaluate": ("Measure a run's model again, from its file.", _evaluate_arguments),
+    "export": ("Write a run's model as a sparse file or ONNX.", _export_arguments),
+    "report": ("Write one self-contained HTML report of runs.", _report_arguments),
+    "compare": ("Print the results of several runs side by side.", _compare_arguments),
+    "dashboard": ("Create the wandb workspace and report of a project.", _dashboard_arguments),
     "prepare": ("Write a data set in the form that training reads.", _prepare_arguments),
+    "submit": ("Submit a training run to a Ray cluster as a job.", _submit_arguments),
 }
-__all__ = ["PARSERS", "as_dry_run", "evaluate", "prepare", "submit", "to_dict", "train"]
