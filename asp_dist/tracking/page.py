@@ -25,7 +25,8 @@ figure { background: var(--card); border: 1px solid var(--line); border-radius: 
 figure.wide { grid-column: 1 / -1; }
 figcaption b { display: block; } figcaption { color: var(--soft); font-size: 13px; }
 figcaption b { color: var(--ink); font-size: 15px; }
-.scroll { overflow: auto; max-height: 520px; margin-top: 16px; background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
+.scroll { overflow: auto; max-height: 520px; margin-top: 16px; }
+.scroll { background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
 table { border-collapse: collapse; width: 100%; font-size: 13px; font-variant-numeric: tabular-nums; }
 th, td { padding: 5px 10px; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { position: sticky; top: 0; background: var(--card); } th:first-child, td:first-child { text-align: left; }
