@@ -186,7 +186,11 @@ class LossControl(Control):
         return moved.clamp(0.0, MAX_THRESHOLD)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"velocity": self.velocity, "integrals": list(self.integrals), "shift": self.model.shift}
+        return {
+            "velocity": self.velocity,
+            "integrals": [integral.clone() for integral in self.integrals],
+            "shift": self.model.shift,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.velocity = state["velocity"].clone()

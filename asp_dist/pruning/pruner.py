@@ -286,12 +286,13 @@ class Pruner(Report):
         variance = (squares - self.numel * mean.square()) / (self.numel - 1.0).clamp(min=1.0)
         return mean, variance.clamp_min(0.0).sqrt(), products, counts.round()
 
-    def _write_pruned(self, means: Tensor) -> None:
+    def _write_pruned(self, means: Tensor | None) -> None:
+        """Write the pruned weights; subtract the means, [L], from the dense ones before, if they are given and it is asked."""
         thresholds = weight_threshold(self.thresholds, self.sigmas).tolist()
-        for shard, mean, threshold in zip(self.shards, means.tolist(), thresholds):
+        for index, (shard, threshold) in enumerate(zip(self.shards, thresholds)):
             dense = shard.flat_dense()
-            if self.center:
-                dense.sub_(mean)
+            if self.center and means is not None:
+                dense.sub_(float(means[index]))
             self._prune(dense, threshold, shard.flat_pruned())
 
     # Counting. A count takes a pass over the weights, so each step counts some layers only, in turn, and they are reduced
@@ -416,10 +417,10 @@ class Pruner(Report):
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore `state_dict`; the model's own state must be loaded before.
+        """Restore `state_dict`. After a freeze the model's own state must be loaded before, and after the Pruner was built.
 
         Raises:
-            ValueError: the state is of other layers.
+            ValueError: the state is of other layers, or the model's weights are not those that the frozen mask leaves.
         """
         if list(state["dense"]) != list(self.costs.names):
             different = sorted(set(state["dense"]) ^ set(self.costs.names)) or ["(another order)"]
@@ -430,6 +431,14 @@ class Pruner(Report):
         self.thresholds, self.sigmas = state["thresholds"].clone(), state["sigmas"].clone()
         self.measured, self._count_from = state["measured"].clone(), state["count_from"]
         self.control.load_state_dict(state["control"])
+        if not self.frozen:
+            self._write_pruned(None)
+        for shard in self.shards:
+            if self.frozen and not torch.equal(shard.pruned == 0, shard.dense != 0):
+                raise ValueError(
+                    f"layer {shard.info.name!r}: the model's weights are not those of the frozen mask. Building a Pruner "
+                    "prunes the model: load the model's state after that, and before the pruner's"
+                )
         self._local_counts = self._count_all()
         self._fresh = state["fresh"].clone()
 
