@@ -24,24 +24,28 @@ def class_folders(split: Path) -> tuple[str, ...]:
     return tuple(sorted(e.name for e in os.scandir(split) if e.is_dir() and not e.name.startswith(".")))
 
 
-def scan_folder(split: Path, classes: tuple[str, ...]) -> Samples:
-    """All images of `split`, by class, then by name.
+def scan_folder(root: Path, name: str, classes: tuple[str, ...]) -> Samples:
+    """All images of the class folders under ``root/name``, by class, then by name.
 
     Args:
-        split: folder of class folders.
+        root: the data set; the names of the samples are relative to it.
+        name: the split.
         classes: the classes, in the order of their indices.
 
     Raises:
         UserError: a class folder that is not among `classes`, or no image at all.
     """
-    index = {name: i for i, name in enumerate(classes)}
-    unknown = [name for name in class_folders(split) if name not in index]
+    split = root / name
+    index = {label: i for i, label in enumerate(classes)}
+    unknown = [folder for folder in class_folders(split) if folder not in index]
     check(not unknown, f"data: {split} has class folders that the training split lacks: {', '.join(unknown[:5])}")
     names: list[str] = []
     labels: list[int] = []
-    for name in class_folders(split):
-        files = sorted(e.name for e in os.scandir(split / name) if os.path.splitext(e.name)[1].lower() in EXTENSIONS)
-        names += [f"{name}/{file}" for file in files]
-        labels += [index[name]] * len(files)
+    for folder in class_folders(split):
+        files = sorted(e.name for e in os.scandir(split / folder) if os.path.splitext(e.name)[1].lower() in EXTENSIONS)
+        names += [f"{name}/{folder}/{file}" for file in files]
+        labels += [index[folder]] * len(files)
     check(bool(names), f"data: no image under {split}: expected CLASS/*.jpg or another of {sorted(EXTENSIONS)}")
-    return Samples(split, Names.of(names), np.asarray(labels, dtype=np.int64))
+    for file in names:
+        check("\n" not in file, f"data: the file name {file!r} under {root} holds a line break: rename it")
+    return Samples(root, Names.of(names), np.asarray(labels, dtype=np.int64))

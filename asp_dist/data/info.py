@@ -79,7 +79,7 @@ def open_data_set(data: DataConfig) -> DataSet:
         check(bool(classes), f"data: {root / data.train} is empty: expected one folder per class")
         _check_classes(root / data.train, classes)
         names = class_names(root, classes)
-        train, val = scan_folder(root / data.train, classes), scan_folder(root / data.val, classes)
+        train, val = scan_folder(root, data.train, classes), scan_folder(root, data.val, classes)
     else:
         table = read_classes(root)
         limit = None if table is None else len(table[0])
