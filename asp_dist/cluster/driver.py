@@ -34,7 +34,7 @@ OnRow = Callable[[dict[str, Any]], None]
 POLL_S = 0.3
 GROUP_START_S = 60.0
 # Settings of the communication libraries that the workers take over from the driver.
-PASSED_ON = ("NCCL_", "GLOO_", "TORCH_NCCL_", "TORCH_DISTRIBUTED_", "HF_HUB_OFFLINE")
+PASSED_ON = ("NCCL_", "GLOO_", "TORCH_", "HF_HUB_OFFLINE")
 
 
 def run(config: Config, on_row: OnRow | None = None, *, train: TrainFunction | None = None) -> dict[str, Any]:
