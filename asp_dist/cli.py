@@ -16,11 +16,10 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-from asp_dist import __version__, commands
+from asp_dist import __version__
+from asp_dist.commands import COMMANDS
 from asp_dist.config import Config, UserError
 
-# Commands whose first argument is a configuration, and which take its fields as options.
-CONFIGURED = ("train", "plan", "submit")
 EXIT_USER, EXIT_FAILURE, EXIT_STOPPED, EXIT_INTERRUPTED = 2, 1, 75, 130
 
 
@@ -75,15 +74,15 @@ def _run(arguments: list[str]) -> int:
     if not arguments:
         parser.print_help()
         return EXIT_USER
-    name = arguments[0]
-    if name in CONFIGURED:
+    command = COMMANDS.get(arguments[0])
+    if command is not None and command.configured:
         arguments = _with_config_option(arguments)
         check_fields(arguments)
     parsed = parser.parse_args(arguments)
-    options = parsed[parsed.command] if parsed.command else Namespace()
-    if name in CONFIGURED:
-        return typing.cast(int, getattr(commands, name)(to_config(parser, parsed), **_own(options)))
-    return typing.cast(int, getattr(commands, name)(**_plain(options)))
+    command, options = COMMANDS[parsed.command], parsed[parsed.command]
+    if command.configured:
+        return command.run(to_config(parsed), **_own(options))
+    return command.run(**_plain(options))
 
 
 def _with_config_option(arguments: list[str]) -> list[str]:
@@ -93,7 +92,7 @@ def _with_config_option(arguments: list[str]) -> list[str]:
     return arguments
 
 
-def to_config(parser: ArgumentParser, parsed: Namespace) -> Config:
+def to_config(parsed: Namespace) -> Config:
     """The run's configuration out of the parsed arguments.
 
     Raises:
@@ -196,13 +195,12 @@ def build_parser() -> ArgumentParser:
         version=__version__,
         exit_on_error=False,
     )
-    commands_ = parser.add_subcommands(required=True, dest="command")
-    for name, build in commands.PARSERS.items():
-        help_text, add_arguments = build
-        sub = ArgumentParser(description=help_text, exit_on_error=False)
-        if name in CONFIGURED:
+    subcommands = parser.add_subcommands(required=True, dest="command")
+    for name, command in COMMANDS.items():
+        sub = ArgumentParser(description=command.help, exit_on_error=False)
+        if command.configured:
             sub.add_argument("--config", action="config", help="YAML file; may be given as the first argument.")
             sub.add_class_arguments(Config, nested_key=None, fail_untyped=True)
-        add_arguments(sub)
-        commands_.add_subcommand(name, sub, help=help_text)
+        command.add_arguments(sub)
+        subcommands.add_subcommand(name, sub, help=command.help)
     return parser

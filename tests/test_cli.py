@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from asp_dist import __version__, cli
-from asp_dist.commands import PARSERS
+from asp_dist.commands import COMMANDS
 from asp_dist.config import BudgetTerm, Config, config_hash, differences, to_dict
 
 CONFIG = "configs/quickstart.yaml"
@@ -20,7 +20,7 @@ def parse(*arguments: str) -> Config:
     parser = cli.build_parser()
     words = cli._with_config_option(["train", *arguments])
     cli.check_fields(words)
-    return cli.to_config(parser, parser.parse_args(words))
+    return cli.to_config(parser.parse_args(words))
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -125,7 +125,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert __version__ in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", list(PARSERS))
+@pytest.mark.parametrize("command", list(COMMANDS))
 def test_each_command_explains_itself(capsys: pytest.CaptureFixture[str], command: str) -> None:
     with pytest.raises(SystemExit) as ended:
         cli.main([command, "--help"])

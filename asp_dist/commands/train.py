@@ -1,0 +1,117 @@
+"""``asp-dist train``: on Ray, under torchrun, or in this process."""
+
+from __future__ import annotations
+
+import dataclasses
+import json as json_
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jsonargparse import ArgumentParser
+
+from asp_dist.config import Config
+
+if TYPE_CHECKING:
+    from asp_dist.tracking import Console
+
+
+def _style(quiet: bool, as_json: bool) -> Any:
+    return "quiet" if quiet else "json" if as_json else "auto"
+
+
+def _display_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--quiet", action="store_true", help="show no progress.")
+    parser.add_argument(
+        "--json", action="store_true", help="print each row of metrics, and the summary, as JSON lines."
+    )
+
+
+def add_train_arguments(parser: ArgumentParser) -> None:
+    _display_arguments(parser)
+    parser.add_argument("--dry-run", action="store_true", help="three steps of everything, in a run of its own.")
+
+
+def train(config: Config, *, quiet: bool = False, json: bool = False, dry_run: bool = False) -> int:
+    """Train and prune, on Ray or in this process, and print the results."""
+    from asp_dist.training import preflight
+    from asp_dist.training.world import started_by_torchrun
+
+    if dry_run:
+        config = as_dry_run(config)
+    checked = preflight(config)
+    local = config.cluster.mode == "local" or started_by_torchrun()
+    if int(os.environ.get("RANK", "0")) > 0:
+        quiet, json = True, False
+    from asp_dist.tracking import Console
+
+    with Console(config, checked.total_steps, style=_style(quiet, json)) as console:
+        summary = _train_here(config, console) if local else _train_on_ray(config, console)
+    if int(os.environ.get("RANK", "0")) == 0:
+        _show_results(config, summary, quiet=quiet, as_json=json)
+    return 0
+
+
+def as_dry_run(config: Config) -> Config:
+    """The same run, three optimizer steps long, with a checkpoint and an evaluation, under a name of its own."""
+    return dataclasses.replace(
+        config,
+        name=f"{config.name}-dry-run",
+        training=dataclasses.replace(config.training, max_steps=3, log_every=1),
+        output=dataclasses.replace(config.output, checkpoint_steps=2),
+        tracking=dataclasses.replace(config.tracking, wandb="disabled"),
+    )
+
+
+def _train_on_ray(config: Config, console: Console) -> dict[str, Any]:
+    from asp_dist.cluster import run
+
+    return run(config, on_row=console.update)
+
+
+def _train_here(config: Config, console: Console) -> dict[str, Any]:
+    from asp_dist.training import SignalHooks, init_world, run_dir, train
+
+    world = init_world(config.training.device, config.cluster.timeout_s)
+    try:
+        with SignalHooks() as hooks, _following(run_dir(config) / "metrics.jsonl", console):
+            return train(config, world, hooks)
+    finally:
+        world.close()
+
+
+@contextmanager
+def _following(path: Path, console: Console) -> Iterator[None]:
+    """Show the rows of a metrics file while they come."""
+    from asp_dist.tracking import Tail
+
+    tail, done = Tail(path, from_end=True), threading.Event()
+
+    def follow() -> None:
+        while not done.wait(0.3):
+            for row in tail.read():
+                console.update(row)
+
+    thread = threading.Thread(target=follow, name="console", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        for row in tail.read():
+            console.update(row)
+
+
+def _show_results(config: Config, summary: dict[str, Any], *, quiet: bool, as_json: bool) -> None:
+    from asp_dist.tracking import print_results, read_layers
+    from asp_dist.training import run_dir
+
+    folder = run_dir(config)
+    if as_json:
+        print(json_.dumps({"kind": "summary", **summary}))
+    elif not quiet:
+        print_results(summary, read_layers(folder), folder, next_command=f"asp-dist evaluate {folder}")
