@@ -43,6 +43,8 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Op
         )
     except TypeError as error:
         raise UserError(f"optimizer.kwargs = {config.kwargs} does not fit {config.name}: {error}") from error
+    except ValueError as error:
+        raise UserError(f"optimizer {config.name!r} with {config}: {error}") from error
 
 
 def check_optimizer(name: str) -> None:

@@ -62,6 +62,7 @@ def resume(run: Run) -> list[Event]:
     found = {}
 
     def find() -> str | None:
+        run.keeper.store.clean()
         latest = run.keeper.latest()
         if latest is None:
             return None

@@ -9,6 +9,7 @@ from typing import Any
 
 import timm
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.data import resolve_model_data_config
 
@@ -78,7 +79,7 @@ def load_model(config: Config, file: Path, num_classes: int) -> torch.nn.Module:
             pretrained_cfg_overlay={"file": str(file), "num_classes": num_classes},
             **kwargs,
         )
-    except (RuntimeError, ValueError, OSError) as error:
+    except (RuntimeError, ValueError, OSError, SafetensorError) as error:
         raise UserError(f"{file} does not load into {config.model.name}: {str(error).splitlines()[0]}") from error
 
 

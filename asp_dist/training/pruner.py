@@ -24,7 +24,7 @@ def build_ramp(config: Config, total_steps: int) -> Ramp:
     pruning = config.pruning
     return Ramp(
         shape=pruning.ramp,
-        start=pruning.ramp_start,
+        start=pruning.ramp_start if pruning.ramp != "constant" else 0.0,
         end=pruning.ramp_end if pruning.ramp != "constant" else 0.0,
         freeze_at=pruning.freeze_at,
         total_steps=total_steps,

@@ -29,6 +29,7 @@ def validate(run: Run) -> bool:
     run.world.broadcast_(run.buffers.tensors)  # DDP trains with rank 0's batch norm statistics
     run.results = evaluate_model(run.model, run.loaders.val, run.config.training, run.world)
     if run.ema is not None:
+        run.world.broadcast_(list(run.ema.module.buffers()))
         average = evaluate_model(averaged_model(run), run.loaders.val, run.config.training, run.world)
         run.results.update({name.replace("val/", "val/ema_"): value for name, value in average.items()})
     numbers = run.pruner.metrics() if run.pruner is not None else {}

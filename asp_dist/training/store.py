@@ -44,6 +44,9 @@ class Store(Protocol):
     def where(self, name: str) -> str:
         """The checkpoint's address for people."""
 
+    def clean(self) -> None:
+        """Remove what a process that died while writing left behind. Nobody may be writing."""
+
 
 class LocalStore:
     """Checkpoints in a local or network folder: written aside, synced, renamed."""
@@ -86,7 +89,6 @@ class LocalStore:
         return str(self.root / name)
 
     def clean(self) -> None:
-        """Remove what a process that died while writing left behind."""
         for leftover in self.root.glob(".writing-*"):
             shutil.rmtree(leftover, ignore_errors=True)
 
@@ -96,14 +98,15 @@ class LocalStore:
 
 def close_durably(stream: IO[bytes]) -> None:
     """Close `stream` once its bytes are on the disk, where it has one."""
-    stream.flush()
     try:
-        number = stream.fileno()
-    except (OSError, AttributeError):
-        number = None
-    if number is not None:
+        stream.flush()
+        try:
+            number = stream.fileno()
+        except (OSError, AttributeError):
+            return
         os.fsync(number)
-    stream.close()
+    finally:
+        stream.close()
 
 
 def sync_directory(path: Path) -> None:

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ Batches = Iterator[tuple[Tensor, Tensor]]
 __all__ = ["evaluate_model", "train", "train_step"]
 
 
-def train(config: Config, world: World, hooks: Hooks | None = None) -> dict[str, object]:
+def train(config: Config, world: World, hooks: Hooks | None = None) -> dict[str, Any]:
     """Train, prune and evaluate as `config` says, from the start or from the run's latest checkpoint.
 
     Args:

@@ -1,0 +1,206 @@
+"""Checkpoints: what is written comes back, and nothing else is taken for it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from asp_dist.config import UserError
+from asp_dist.export.safetensors_file import save_safetensors
+from asp_dist.training.checkpoint import CheckpointError, Manifest, read_checkpoint, split_state, write_checkpoint
+from asp_dist.training.keeper import Keeper
+from asp_dist.training.state import flatten_state, unflatten_state
+from asp_dist.training.store import LocalStore
+
+
+def manifest(step: int = 1, run: str = "mine", best: bool = False) -> Manifest:
+    return Manifest(run=run, step=step, world_size=2, config={"name": "x"}, versions={"torch": "2"}, best=best)
+
+
+def state(value: float = 1.0) -> dict[str, Any]:
+    return {
+        "model": {"fc.weight": torch.full((3, 5), value), "bn.count": torch.tensor(7)},
+        "optimizer": {
+            "state": {0: {"momentum": torch.arange(4.0)}, 1: {"step": 3}},
+            "groups": [{"betas": (0.9, 0.99)}],
+        },
+        "scaler": None,
+    }
+
+
+def save(store: LocalStore, step: int = 1, value: float = 1.0, **more: Any) -> str:
+    plain, parts = split_state(state(value))
+    return write_checkpoint(store, manifest(step, **more), plain, parts)
+
+
+def keep(keeper: Keeper, step: int, **more: Any) -> None:
+    keeper.save(manifest(step, **more), state(float(step)))
+
+
+def equal(a: Any, b: Any) -> bool:
+    """Whether two trees are the same, types and bits."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and a.stride() == b.stride() and torch.equal(a, b)
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return type(a) is type(b) and len(a) == len(b) and all(equal(x, y) for x, y in zip(a, b))
+    return type(a) is type(b) and bool(a == b)
+
+
+def test_state_survives_the_trip(tmp_path: Path) -> None:
+    tree = {
+        "model": {"w": torch.randn(2, 3, 4, 4).contiguous(memory_format=torch.channels_last), "b": torch.zeros(0)},
+        "numbers": {"a": [1, 2.5, None, True], 3: (torch.tensor(1.5, dtype=torch.bfloat16), "x")},
+        "types": [torch.ones(2, dtype=t) for t in (torch.float64, torch.int64, torch.bool, torch.uint8, torch.float16)],
+        "inf": float("inf"),
+    }
+    store = LocalStore(tmp_path)
+    plain, parts = split_state(tree)
+    name = write_checkpoint(store, manifest(), plain, parts)
+    found, back = read_checkpoint(store, name)
+    assert name == "step-00000001" and found.world_size == 2 and found.files["model.safetensors"][0] > 0
+    assert equal(tree, back)
+
+
+def test_unknown_types_are_refused() -> None:
+    with pytest.raises(TypeError, match=r"a\.1 is a set"):
+        flatten_state({"a": [1, {2}]}, {})
+    assert unflatten_state({"__tuple__": [1]}, {}) == (1,)
+
+
+def test_safetensors_is_what_the_library_reads(tmp_path: Path) -> None:
+    tensors = {"a": torch.randn(3, 4).T, "b": torch.tensor(3), "c": torch.zeros(0, 2), "d": torch.randn(5).bfloat16()}
+    save_safetensors(tmp_path / "x.safetensors", tensors, {"model": "m"})
+    back = load_file(tmp_path / "x.safetensors")
+    assert {k: v.tolist() for k, v in back.items()} == {k: v.tolist() for k, v in tensors.items()}
+    assert back["d"].dtype is torch.bfloat16 and [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+def damage_cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def damage_empty(path: Path) -> None:
+    os.truncate(path, 0)
+
+
+def damage_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize("damage", [damage_cut, damage_empty, damage_bit, Path.unlink])
+def test_damage_is_named_and_the_one_before_is_used(tmp_path: Path, file: str, damage: Any) -> None:
+    store = LocalStore(tmp_path)
+    for step in (1, 2):
+        save(store, step, float(step))
+    damage(tmp_path / "step-00000002" / file)
+    keeper = Keeper(store, "mine", keep=2)
+    latest = keeper.latest()
+    assert latest is not None and latest[0] == "step-00000001"
+    assert float(latest[2]["model"]["fc.weight"][0, 0]) == 1.0
+    (event,) = keeper.events()
+    assert event.kind == "warning" and "step-00000002" in event.message and file in event.message
+
+
+def test_nothing_usable_is_an_error_not_a_new_start(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    assert Keeper(store, "mine", 2).latest() is None
+    damage_bit(tmp_path / save(store) / "model.safetensors")
+    with pytest.raises(UserError, match=r"step-00000001/model.safetensors does not fit its hash"):
+        Keeper(store, "mine", 2).latest()
+
+
+def test_another_runs_checkpoint_is_not_used(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    save(store, 1)
+    save(store, 2, run="other")
+    keeper = Keeper(store, "mine", 2)
+    latest = keeper.latest()
+    assert latest is not None and latest[1].step == 1
+    assert "belongs to another run" in keeper.events()[0].message
+
+
+def test_a_pickle_in_place_of_a_checkpoint_is_not_run(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    name = save(store)
+    torch.save({"x": 1}, tmp_path / name / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors has"):
+        read_checkpoint(store, name)
+
+
+def test_half_written_checkpoints_are_invisible_and_go(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    store.begin("step-00000005")
+    store.write("step-00000005", "model.safetensors").close()
+    assert store.names() == [] and len(list(tmp_path.iterdir())) == 1
+    store.clean()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_last_and_the_best_stay(tmp_path: Path) -> None:
+    keeper = Keeper(LocalStore(tmp_path), "mine", keep=2)
+    for step in range(1, 7):
+        keep(keeper, step, best=step in (2, 3))
+    keeper.wait()
+    assert keeper.store.names() == ["step-00000003", "step-00000005", "step-00000006"]
+    assert [e.kind for e in keeper.events()] == ["checkpoint"] * 6
+
+
+def test_saving_copies_the_state_at_once(tmp_path: Path) -> None:
+    keeper = Keeper(LocalStore(tmp_path), "mine", keep=2)
+    tree = state(1.0)
+    keeper.save(manifest(1), tree)
+    tree["model"]["fc.weight"].fill_(9.0)  # the training goes on
+    keeper.wait()
+    latest = keeper.latest()
+    assert latest is not None and float(latest[2]["model"]["fc.weight"].max()) == 1.0
+
+
+def test_bad_weights_are_never_a_checkpoint(tmp_path: Path) -> None:
+    keeper = Keeper(LocalStore(tmp_path), "mine", keep=2)
+    keep(keeper, 1)
+    tree = state()
+    tree["model"]["fc.weight"][1, 1] = float("nan")
+    keeper.save(manifest(2), tree)
+    keeper.wait()
+    assert keeper.store.names() == ["step-00000001"]
+    assert "not finite in fc.weight" in keeper.events()[-1].message
+
+
+def test_manifest_is_readable_by_people(tmp_path: Path) -> None:
+    tree = json.loads((tmp_path / save(LocalStore(tmp_path)) / "manifest.json").read_text())
+    assert {"step", "world_size", "config", "versions", "files", "sha256", "time", "run"} <= set(tree)
+
+
+def test_full_disk_keeps_what_is_there(tmp_path: Path) -> None:
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(tmp_path)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("needs root, to mount a small tmpfs")
+    try:
+        keeper = Keeper(LocalStore(tmp_path / "c"), "mine", keep=3)
+        keep(keeper, 1)
+        keeper.wait()
+        big = {"model": {"w": torch.ones(300, 300)}}
+        keeper.save(manifest(2), big)
+        keeper.wait()
+        first, second = keeper.events()
+        assert first.kind == "checkpoint"
+        assert second.kind == "warning" and "No space left on device" in second.message
+        assert "earlier ones kept: step-00000001" in second.message
+        assert [p.name for p in (tmp_path / "c").iterdir()] == ["step-00000001"]
+        keep(keeper, 3)  # there is room again
+        keeper.wait()
+        assert keeper.store.names() == ["step-00000001", "step-00000003"]
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
