@@ -147,7 +147,8 @@ class LossControl(Control):
         task = torch.nan_to_num(self._task_gradient(thresholds, seen), nan=0.0, posinf=0.0, neginf=0.0)
         targets = self.targets(seen.step)
         if self.derived:
-            return self._derived_move(thresholds, task, densities, slopes, targets)
+            arrived = seen.step >= self.ramp.arrival_step()
+            return self._derived_move(thresholds, task, densities, slopes, targets, arrived)
         gradient = task
         for limit, target, integral in zip(self.limits, targets, self.integrals):
             loss = sparsity_loss(limit, densities, target)
@@ -159,7 +160,7 @@ class LossControl(Control):
         return thresholds - self.learning_rate(seen.lr) * self.velocity
 
     def _derived_move(
-        self, thresholds: Tensor, task: Tensor, densities: Tensor, slopes: Tensor, targets: list[Tensor]
+        self, thresholds: Tensor, task: Tensor, densities: Tensor, slopes: Tensor, targets: list[Tensor], arrived: bool
     ) -> Tensor:
         # Far out in the tail a slope is next to nothing: bounded below, so that a layer can come back from there.
         slopes = slopes.clamp(max=-1e-4)
@@ -171,8 +172,10 @@ class LossControl(Control):
         for limit, target, integral in zip(self.limits, targets, self.integrals):
             gap = limit.density(densities) - target
             if self.multiplier:
-                integral += self.integral_gain * gap
-                integral.clamp_(-0.1, 0.1)
+                # Behind a moving target there is always a gap; summed up, it would carry the density past the target.
+                if arrived:
+                    integral += self.integral_gain * gap
+                    integral.clamp_(-0.1, 0.1)
                 gap = gap + integral
             if limit.bound == "at_most":
                 gap = gap.clamp_min(0.0)
