@@ -114,9 +114,10 @@ def test_augmentation_differs_between_ranks_epochs_and_seeds_but_repeats(digits:
     assert not same(ranks[2], next(loaders(data, 2, 4).train.start(1)))
 
 
-@pytest.mark.parametrize("backend", ["dali", "torch"])
-def test_a_state_restores_the_exact_next_batches(digits: Path, backend: str) -> None:
-    data = config(digits, backend=backend)
+@pytest.mark.parametrize(("backend", "policy"), [("dali", "none"), ("dali", "randaugment"), ("torch", "autoaugment")])
+def test_a_state_restores_the_exact_next_batches(digits: Path, backend: str, policy: Any) -> None:
+    augment = AugmentConfig(policy=policy, color_jitter=0.3, erase=0.5)
+    data = config(digits, backend=backend, augment=augment)
     train = loaders(data, 1, 2, accumulate=2).train
     run = train.start(3)
     for _ in range(6):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from nvidia.dali import fn, math, pipeline_def, types
@@ -26,15 +27,15 @@ def decoder(device: str) -> str:
     return "mixed" if device == "gpu" else "cpu"
 
 
-def checked(encoded: Any) -> Any:
-    """`encoded` again, once every image's header has been parsed.
+def checked(encoded: Any) -> tuple[Any, Any]:
+    """`encoded` again, once every image's header has been parsed, and the images' shapes, int64 [B, 3].
 
     DALI 2.4's decoder crashes the process (SIGSEGV in most runs with 256 images) when it meets an image that it
     cannot parse while others of the batch are being decoded. Parsing the headers first, in an operator that the
     decoder depends on through the shape below, turns that into an exception. It costs nothing that can be measured.
     """
-    shape = fn.peek_image_shape(encoded)
-    return fn.reshape(encoded, rel_shape=fn.cast(shape[0:1] * 0 + 1, dtype=types.FLOAT))
+    shape = fn.peek_image_shape(encoded, adjust_orientation=False)
+    return fn.reshape(encoded, rel_shape=fn.cast(shape[0:1] * 0 + 1, dtype=types.FLOAT)), shape
 
 
 def augment_colors(images: Any, augment: AugmentConfig) -> Any:
@@ -47,12 +48,14 @@ def augment_colors(images: Any, augment: AugmentConfig) -> Any:
             contrast=fn.random.uniform(range=(low, high)),
             saturation=fn.random.uniform(range=(low, high)),
         )
-    if augment.policy == "randaugment":
-        images = rand_augment.rand_augment(images, n=augment.policy_ops, m=augment.policy_magnitude)
-    elif augment.policy == "trivialaugment":
-        images = trivial_augment.trivial_augment_wide(images)
-    elif augment.policy == "autoaugment":
-        images = auto_augment.auto_augment(images)
+    # DALI's own policies use deprecated names of DALI's operators, and DALI resets the filters before it warns.
+    with warnings.catch_warnings(record=True):
+        if augment.policy == "randaugment":
+            images = rand_augment.rand_augment(images, n=augment.policy_ops, m=augment.policy_magnitude)
+        elif augment.policy == "trivialaugment":
+            images = trivial_augment.trivial_augment_wide(images)
+        elif augment.policy == "autoaugment":
+            images = auto_augment.auto_augment(images)
     return images
 
 
@@ -98,9 +101,10 @@ def normalize(images: Any, spec: ImageSpec, **kwargs: Any) -> Any:
 def train_images(encoded: Any, spec: ImageSpec, augment: AugmentConfig, device: str) -> Any:
     """Random resized crop, colour, policy, erasing, flips and normalisation of encoded images."""
     images = fn.decoders.image_random_crop(
-        checked(encoded),
+        checked(encoded)[0],
         device=decoder(device),
         output_type=types.RGB,
+        adjust_orientation=False,
         random_area=list(augment.scale),
         random_aspect_ratio=list(augment.ratio),
         num_attempts=10,
@@ -115,13 +119,30 @@ def train_images(encoded: Any, spec: ImageSpec, augment: AugmentConfig, device: 
 
 
 def val_images(encoded: Any, spec: ImageSpec, device: str) -> Any:
-    """Resize, centre crop and normalisation of encoded images, as timm's evaluation does."""
-    images = fn.decoders.image(checked(encoded), device=decoder(device), output_type=types.RGB)
-    mode = "default" if spec.crop_mode == "squash" else "not_smaller"
-    images = fn.resize(
-        images, size=spec.resize, mode=mode, interp_type=INTERPOLATION[spec.interpolation], antialias=True
-    )
-    return normalize(images, spec, crop=spec.size)
+    """Resize, centre crop and normalisation of encoded images, as timm's evaluation does, to the pixel.
+
+    torchvision rounds the longer side down and a half pixel of the crop's place to the even one; DALI would round both
+    up, and crops would lie a pixel apart. Like PIL, neither backend turns an image by its EXIF orientation.
+    """
+    encoded, shape = checked(encoded)
+    images: Any = fn.decoders.image(encoded, device=decoder(device), output_type=types.RGB, adjust_orientation=False)
+    resize: dict[str, Any] = {"size": spec.resize}
+    if spec.crop_mode == "center" and spec.size[0] == spec.size[1]:
+        shorter = math.min(shape[0], shape[1])
+        resize["size"] = fn.cast(shape[0:2] * spec.resize[0] // shorter, dtype=types.FLOAT)
+    elif spec.crop_mode == "center":
+        resize["mode"] = "not_smaller"
+    images = fn.resize(images, **resize, interp_type=INTERPOLATION[spec.interpolation], antialias=True)
+    places = {f"crop_pos_{axis}": _centre(images.shape()[i], spec.size[i]) for i, axis in enumerate("yx")}
+    return normalize(images, spec, crop=spec.size, rounding="truncate", **places)
+
+
+def _centre(side: Any, crop: int) -> Any:
+    """The relative place of a centre crop, between 0 and 1, that truncates to torchvision's ``round((side - crop) / 2)``."""
+    spare = fn.cast(side, dtype=types.INT32) - crop
+    half = spare // 2
+    start = half + (spare & 1) * (half & 1)  # half a pixel goes to the even one
+    return fn.cast(start + 0.25, dtype=types.FLOAT) / math.max(fn.cast(spare, dtype=types.FLOAT), 1.0)
 
 
 @pipeline_def(enable_conditionals=True)  # type: ignore[untyped-decorator]
