@@ -179,7 +179,7 @@ def _explain(plan: Plan, network: Network) -> None:
     if plan.step is None:
         return
     say(
-        f"step: measured here ({plan.step.device}) with {plan.step.images[0]} and {plan.step.images[1]} random images: "
+        f"step: measured here ({plan.step.device}) with {' and '.join(map(str, plan.step.images))} random images: "
         f"{1e3 * plan.step.fixed:.1f} ms + {1e3 * plan.step.per_image:.2f} ms per image; best of several; not compiled"
     )
     say(

@@ -66,7 +66,7 @@ class StepTime:
     fixed: float
     per_image: float
     activation_bytes: float
-    images: tuple[int, int]
+    images: tuple[int, ...]
 
 
 @contextmanager
@@ -118,13 +118,15 @@ def measure_step(
     model.train()
     small, large = (8, 64) if device.type == "cuda" else (2, 4)
     first = step(small)
-    patient = first < seconds / 8  # on a slow machine even the first step has to do
-    best = {small: _repeat(step, small, seconds / 2) if patient else first}
-    best[large] = _repeat(step, large, seconds / 2 if patient else 0.0)
-    per_image = max(0.0, (best[large] - best[small]) / (large - small))
+    if first > seconds:  # a slow machine, or a busy one: the first step has to do, and all of its time is the images'
+        best, per_image = {small: first}, first / small
+        saved[large] = large / small * saved[small]
+    else:
+        best = {images: _repeat(step, images, seconds / 2 - first) for images in (small, large)}
+        per_image = max(0.0, (best[large] - best[small]) / (large - small))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     kept = (saved[large] - saved[small]) / (large - small)
-    return StepTime(name, max(0.0, best[small] - small * per_image), per_image, kept, (small, large))
+    return StepTime(name, max(0.0, best[small] - small * per_image), per_image, kept, tuple(best))
 
 
 def _repeat(step: Callable[[int], float], images: int, seconds: float) -> float:
