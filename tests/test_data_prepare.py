@@ -16,7 +16,7 @@ from PIL import Image
 from asp_dist.config import DataConfig, UserError
 from asp_dist.data.imagenet import DEVKIT, META, TRAIN, TRUTH, VAL
 from asp_dist.data.info import open_data_set
-from asp_dist.data.prepare import prepare
+from asp_dist.data.preparation import prepare
 
 
 def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:

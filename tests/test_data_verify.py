@@ -15,7 +15,7 @@ from test_data_loaders import config, loaders
 from asp_dist.config import UserError
 from asp_dist.data import DataError, Loaders, prepare_digits
 from asp_dist.data.info import open_data_set
-from asp_dist.data.verify import KINDS, verify
+from asp_dist.data.verification import KINDS, verify
 
 
 def jpeg(seed: int, mode: str = "RGB") -> bytes:

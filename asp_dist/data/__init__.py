@@ -4,7 +4,7 @@ from asp_dist.data.digits import prepare_digits
 from asp_dist.data.errors import DataError
 from asp_dist.data.info import DataInfo, inspect_data
 from asp_dist.data.loaders import Loaders, build_loaders
-from asp_dist.data.prepare import prepare
-from asp_dist.data.verify import verify
+from asp_dist.data.preparation import prepare
+from asp_dist.data.verification import verify
 
 __all__ = ["DataError", "DataInfo", "Loaders", "build_loaders", "inspect_data", "prepare", "prepare_digits", "verify"]
