@@ -111,8 +111,8 @@ def train_step(run: Run, batches: Batches) -> health.Orders:
     if run.scaler is not None:
         run.scaler.unscale_(run.optimizer)
     gradients = [p.grad for p in run.model.parameters() if p.grad is not None]
-    norm = health.whole(get_total_norm(gradients))
-    orders = health.agree(run, loss, norm, checkpoint_due=checkpointing.due(run))
+    norm = get_total_norm(gradients)
+    orders = health.agree(run, loss, health.whole(norm), checkpoint_due=checkpointing.due(run))
     if orders.bad:
         health.skip_step(run, loss)
     else:
