@@ -36,6 +36,21 @@ class LayerHistory:
         for key in SERIES:
             self.series[key].append(columns.get(key) or [None] * len(self.names))
 
+    def until(self, step: int) -> LayerHistory:
+        """The evaluations up to `step`."""
+        count = sum(s <= step for s in self.steps)
+        early = LayerHistory()
+        early.names, early.steps = self.names, self.steps[:count]
+        early.series = {key: values[:count] for key, values in self.series.items()}
+        return early
+
+    def rows_at(self, step: int, latest: list[LayerRow]) -> list[LayerRow]:
+        """The layer rows of an earlier evaluation: its numbers, with the rest (types, shapes) from the `latest` rows."""
+        at = self.steps.index(step)
+        then = {name: {key: self.series[key][at][i] for key in SERIES} for i, name in enumerate(self.names)}
+        fixed = [{key: row.get(key) for key in (*COLUMNS, "pruned", "reason")} for row in latest]
+        return [{**row, **then.get(str(row["name"]), {})} for row in fixed]
+
     def thinned(self, points: int) -> LayerHistory:
         """At most `points` evaluations, spread evenly, the last one always among them."""
         stride = max(1, -(-len(self.steps) // max(1, points)))

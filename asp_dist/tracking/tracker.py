@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from asp_dist.config import Config
 from asp_dist.tracking import wandb_run
-from asp_dist.tracking.layers import LayerFile, LayerRow
+from asp_dist.tracking.layers import LayerFile, LayerRow, read_layers
 from asp_dist.tracking.metrics import MetricsFile, Row
 from asp_dist.tracking.report import write_report
 from asp_dist.tracking.watch import Watch
@@ -54,9 +54,18 @@ class RunTracker(Tracker):
         self._watch = Watch()
         self._step = max(metrics.last_step.values(), default=0)
         self._finished = False
-        for row in metrics.kept:
-            self._to_wandb(lambda run, row=row: run.log(row))  # type: ignore[misc]
+        self._to_wandb(lambda run: self._catch_up(run))
         metrics.kept.clear()
+
+    def _catch_up(self, run: wandb_run.WandbRun) -> None:
+        """Give wandb the kept rows and layers that it lost in a kill, by rising steps."""
+        history, latest = self._layers.history, read_layers(self.run_dir)
+        waiting = list(history.steps) if latest else []
+        for row in self._metrics.kept:
+            while waiting and waiting[0] <= row["step"]:
+                step = waiting.pop(0)
+                run.log_layers(step, history.rows_at(step, latest), history.until(step))
+            run.log(row)
 
     @property
     def wandb_id(self) -> str | None:
