@@ -382,7 +382,7 @@ class Pruner(Report):
         """Compare thresholds, and checksums of replicated weights, over the ranks; a collective.
 
         Raises:
-            RuntimeError: ranks differ; names the first layer that does.
+            RuntimeError: ranks differ; names a layer that does, for thresholds the one that differs most.
         """
         sums = [
             0.0 if shard.sharded else float(_checksum(flat(shard.pruned))) for shard in self.shards
@@ -391,7 +391,8 @@ class Pruner(Report):
         spread = self.reducer.spread(mine).cpu()
         for what, row in zip(("thresholds", "weights"), spread):
             if bool((row != 0).any()):
-                name = self.costs.names[int((row != 0).nonzero()[0])]
+                differs = row if what == "thresholds" else (row != 0).double()
+                name = self.costs.names[int(differs.argmax())]
                 raise RuntimeError(f"ranks disagree: layer {name!r} has different {what} after step {self.steps}")
 
     # State.
