@@ -5,7 +5,7 @@
 # Then, in another terminal, with the two lines that `start` prints:
 #     .venv/bin/asp-dist submit configs/quickstart.yaml --address http://127.0.0.1:8265
 #
-# To change: HEAD_PORT (6379), DASHBOARD_PORT (8265), CPUS_PER_NODE, GPUS_PER_NODE (0), STATE (where the token lies).
+# To change: HEAD_PORT (6379), DASHBOARD_PORT (8265), CPUS_PER_NODE, GPUS_PER_NODE (0), STATE (where the token lies); RAY_AUTH_TOKEN, if the token is to be a given one.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/env.sh
@@ -21,7 +21,8 @@ start() {
     cpus=${CPUS_PER_NODE:-$((($(nproc) + workers - 1) / workers))}
     [[ ! -e $STATE/token ]] || { echo "error: a cluster stands already ($STATE); stop it first" >&2; return 2; }
     mkdir -p "$STATE" && chmod 700 "$STATE"
-    head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \n' >"$STATE/token"
+    (umask 077 && printf '%s' "${RAY_AUTH_TOKEN:-$(head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \n')}" >"$STATE/token")
+    unset RAY_AUTH_TOKEN
     export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$STATE/token
     export RAY_USAGE_STATS_ENABLED=0
     # A job that is stopped has this long to finish its step and save a checkpoint.
@@ -57,7 +58,7 @@ stop() {
     rm -rf "$STATE"
 }
 
-make_env
+command -v ray >/dev/null || [[ -x .venv/bin/ray ]] || make_env
 export PATH="$PWD/.venv/bin:$PATH"
 case ${1:-} in
     start) start "${2:-1}" ;;

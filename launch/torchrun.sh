@@ -11,7 +11,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/env.sh
 source launch/env.sh
 (($# > 0)) || { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}" >&2; exit 2; }
-make_env
+[[ -x .venv/bin/torchrun ]] || make_env
 
 gpus=$(.venv/bin/python -c 'import torch; print(torch.cuda.device_count())')
 workers=${WORKERS:-$((gpus > 0 ? gpus : 2))}

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -135,8 +134,9 @@ def stand_in(mode: str) -> TrainFunction:
         attempts = run_dir / f"attempts-{world.rank}"
         attempt = int(attempts.read_text()) if attempts.exists() else 0
         attempts.write_text(str(attempt + 1))
-        for step in range(100 if mode == "long" else 12):
-            total = torch.tensor([world.rank + 1.0, 1.0 if hooks.stop_requested() else 0.0])
+        for step in range(300 if mode in ("long", "deaf") else 12):
+            stop = mode != "deaf" and hooks.stop_requested()
+            total = torch.tensor([world.rank + 1.0, 1.0 if stop else 0.0])
             dist.all_reduce(total)
             if total[1] > 0:
                 raise Stopped(hooks.stop_requested() or "SIGTERM", step)
@@ -250,12 +250,11 @@ def test_sigterm_to_the_driver_stops_the_workers_between_steps(tmp_path: Path, r
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-@pytest.mark.slow
 def test_too_many_workers_fail_within_seconds_and_leave_nothing(tmp_path: Path) -> None:
     begin = time.monotonic()
     with pytest.raises(UserError, match="asks for 640 x 1 CPU"):
         run(small(tmp_path, address="local", num_workers=640), train=stand_in("fine"))
-    assert time.monotonic() - begin < 30
+    assert time.monotonic() - begin < 10
     assert _descendants(os.getpid()) == {}
     assert not (tmp_path / "run").exists()
 
@@ -269,11 +268,9 @@ def test_no_cluster_at_the_address(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_local_cluster_leaves_no_process_after_a_second_interrupt(tmp_path: Path) -> None:
     def on_row(row: dict[str, Any]) -> None:
-        if row.get("step") == 1:
+        if row.get("step") in (1, 50):  # 5 s apart: Python sees two signals at once as one
             os.kill(os.getpid(), signal.SIGINT)
-            threading.Timer(0.0, os.kill, (os.getpid(), signal.SIGINT)).start()
-            time.sleep(5)
 
     with pytest.raises(KeyboardInterrupt):
-        run(small(tmp_path, address="local", cpus_per_worker=0.5), on_row, train=stand_in("long"))
+        run(small(tmp_path, address="local", cpus_per_worker=0.5), on_row, train=stand_in("deaf"))
     assert _descendants(os.getpid()) == {}

@@ -24,6 +24,8 @@ from typing import Any
 
 from asp_dist.config import UserError
 
+END_WAIT_S = 15.0  # a cluster takes some seconds to end a lost driver's workers
+
 
 @dataclass(frozen=True)
 class Control:
@@ -58,14 +60,14 @@ class Control:
         return control
 
     def end(self) -> None:
-        """Remove the control files."""
+        """Remove the control files, once the workers are gone."""
+        self._sweep(END_WAIT_S)
         shutil.rmtree(self.folder, ignore_errors=True)
-        self._sweep()
 
-    def _sweep(self) -> None:
-        """Remove what killed drivers left, unless some run is at work here."""
+    def _sweep(self, wait_s: float = 0.0) -> None:
+        """Remove all control files, those that killed drivers left too, unless some run is at work here."""
         try:
-            with self.lock(wait_s=0):
+            with self.lock(wait_s):
                 shutil.rmtree(self.folder.parent, ignore_errors=True)
         except (OSError, UserError):
             pass

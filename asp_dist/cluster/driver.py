@@ -6,24 +6,22 @@ import dataclasses
 import logging
 import math
 import os
-import signal
-import sys
 import threading
-import time
 from collections.abc import Callable
-from types import FrameType, TracebackType
+from contextlib import ExitStack
 from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayError
-from ray.train import FailureConfig, Result, RunConfig, ScalingConfig
+from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import WorkerGroupError
 
 from asp_dist.cluster.control import Control
 from asp_dist.cluster.failures import ClusterError, FailureLog, describe, event, fatal_error, one_line
-from asp_dist.cluster.resources import Resources, check_storage, plan_resources
-from asp_dist.cluster.session import ray_session
+from asp_dist.cluster.resources import Resources, check_storage, plan_resources, this_machine
+from asp_dist.cluster.session import address_of, ray_session
+from asp_dist.cluster.signals import Signals
 from asp_dist.cluster.worker import ClusterTorchConfig, Job, TrainFunction, work
 from asp_dist.config import Config
 from asp_dist.tracking import Tail
@@ -54,20 +52,36 @@ def run(config: Config, on_row: OnRow | None = None, *, train: TrainFunction | N
     # The workers have another working directory.
     config = with_absolute_paths(config)
     config = dataclasses.replace(config, output=dataclasses.replace(config.output, dir=str(run_dir(config).parent)))
-    with _Signals() as signals, ray_session(config.cluster) as local:
-        signals.install()  # ray.init has set a SIGTERM handler of its own
-        needed = plan_resources(config, ray.nodes(), local=local)
-        control = Control.begin(run_dir(config))
-        try:
+    with Signals() as signals, ExitStack() as after_ray:
+        if address_of(config.cluster) == "local":
+            plan_resources(config, [this_machine()], local=True)  # fails before anything starts
+        with ray_session(config.cluster) as local:
+            signals.install()  # ray.init has set a SIGTERM handler of its own
+            needed = plan_resources(config, ray.nodes(), local=local)
+            control = Control.begin(run_dir(config))
+            after_ray.callback(control.end)
             check_storage(config, control, ray.nodes(), needed)
             signals.connect(control)
             return _Launch(config, control, needed, on_row or (lambda row: None), train).run()
-        finally:
-            control.end()
+
+
+class ClusterTrainer(TorchTrainer):
+    """Ray Train's trainer, which leaves SIGINT to this project and can be ended from another thread."""
+
+    _controller: Any = None
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        self._controller = controller
+
+    def end(self) -> None:
+        """Kill the controller, and the workers with it: `fit` raises. Does nothing outside of `fit`."""
+        controller, self._controller = self._controller, None
+        if controller is not None:
+            ray.kill(controller)
 
 
 class _Launch:
-    """One launch of Ray Train, watched from the main thread."""
+    """One launch of Ray Train."""
 
     def __init__(
         self, config: Config, control: Control, needed: Resources, on_row: OnRow, train: TrainFunction | None
@@ -100,42 +114,49 @@ class _Launch:
         return summary
 
     def _fit(self) -> dict[str, Any]:
-        """Run Ray Train in a thread, where it leaves SIGINT alone, and show what happens meanwhile."""
-        box: dict[str, Any] = {}
-
-        def fit() -> None:
-            try:
-                box["result"] = self._trainer().fit()
-            except BaseException as error:
-                box["error"] = error
-
+        """Run Ray Train once; another thread shows what happens meanwhile."""
         logging.getLogger("ray.train").setLevel(logging.ERROR)
         logging.getLogger("ray.tune").setLevel(logging.ERROR)
+        trainer = self._trainer()
         tails = (
             Tail(self.control.run_dir / "metrics.jsonl", from_end=True),
             Tail(self.control.folder / "failures", from_end=True),
         )
-        thread = threading.Thread(target=fit, name="ray-train", daemon=True)
-        thread.start()
-        while thread.is_alive():
-            thread.join(POLL_S)
-            self._show(*tails)
+        done = threading.Event()
+        watcher = threading.Thread(target=self._watch, args=(trainer, done, *tails), name="watcher", daemon=True)
+        watcher.start()
+        try:
+            result = trainer.fit()
+        except (RayError, RuntimeError) as error:
             fatal = self.control.fatal()
             if fatal is not None:
-                time.sleep(POLL_S)
-                raise fatal_error(fatal, self.log)
-        self._show(*tails)
-        if "error" in box:
-            raise self._explain(box["error"])
-        result: Result = box["result"]
+                raise fatal_error(fatal, self.log) from error
+            raise self._explain(error) from error
+        finally:
+            done.set()
+            watcher.join()
         outcome: dict[str, Any] = result.return_value
         return outcome
 
-    def _trainer(self) -> TorchTrainer:
+    def _watch(self, trainer: ClusterTrainer, done: threading.Event, metrics: Tail, failures: Tail) -> None:
+        """Show new rows until `done`; end Ray Train at an error that a restart would only repeat."""
+        while True:
+            last = done.wait(POLL_S)
+            for row in metrics.read():
+                self.step = row["step"]
+                self.on_row(row)
+            for row in failures.read():
+                self.on_row({**row, "step": self.step})
+            if last:
+                return
+            if self.control.fatal() is not None:
+                trainer.end()
+
+    def _trainer(self) -> ClusterTrainer:
         cluster, needed = self.config.cluster, self.needed
         elastic = needed.min_workers < needed.workers
         environment = {k: v for k, v in os.environ.items() if k.startswith(PASSED_ON)}
-        return TorchTrainer(
+        return ClusterTrainer(
             work,
             train_loop_config=self.job,  # handed to `work` as it is
             torch_config=ClusterTorchConfig(
@@ -159,14 +180,7 @@ class _Launch:
             ),
         )
 
-    def _show(self, metrics: Tail, failures: Tail) -> None:
-        for row in metrics.read():
-            self.step = row["step"]
-            self.on_row(row)
-        for row in failures.read():
-            self.on_row({**row, "step": self.step})
-
-    def _explain(self, error: BaseException) -> BaseException:
+    def _explain(self, error: Exception) -> Exception:
         if isinstance(error, RayActorError):
             return error
         if isinstance(error, WorkerGroupError):
@@ -176,49 +190,5 @@ class _Launch:
                 f"{describe(error.worker_failures)} (logs: {self.log})",
                 str(error),
             )
-        if isinstance(error, (RayError, RuntimeError)):
-            cause = getattr(error, "controller_failure", error)
-            return ClusterError(f"Ray Train failed: {one_line(cause)} (logs: {self.log})", str(error))
-        return error
-
-
-class _Signals:
-    """SIGTERM and SIGINT ask the workers to stop behind a checkpoint; a second SIGINT ends the driver at once."""
-
-    def __init__(self) -> None:
-        self._reason: str | None = None
-        self._control: Control | None = None
-        self._before: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> _Signals:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.getsignal(number)
-            self.install()
-        return self
-
-    def install(self) -> None:
-        """Set the handlers, if this is the main thread."""
-        for number in self._before:
-            signal.signal(number, self._handle)
-
-    def connect(self, control: Control) -> None:
-        """Send requests to the workers from now on, the ones that came already included."""
-        self._control = control
-        if self._reason is not None:
-            control.request_stop(self._reason)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        name = signal.Signals(number).name
-        if name == self._reason == "SIGINT":
-            raise KeyboardInterrupt
-        self._reason = name
-        if self._control is not None:
-            self._control.request_stop(name)
-        print(f"{name}: stopping behind a checkpoint; a second SIGINT stops at once", file=sys.stderr, flush=True)
+        cause = getattr(error, "controller_failure", error)
+        return ClusterError(f"Ray Train failed: {one_line(cause)} (logs: {self.log})", str(error))

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import torch
+from ray._private.utils import get_num_cpus
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from asp_dist.cluster.control import Control
@@ -71,6 +73,12 @@ def plan_resources(config: Config, nodes: list[dict[str, Any]], *, local: bool) 
         f"{gpus_there:g} GPU on {len(there)} node(s), room for {room} such worker(s): "
         "lower cluster.num_workers, cluster.cpus_per_worker or cluster.gpus_per_worker, or add nodes"
     )
+
+
+def this_machine() -> dict[str, Any]:
+    """What Ray will find on this machine, in the form of ``ray.nodes()``."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return {"Alive": True, "Resources": {"CPU": float(get_num_cpus()), "GPU": float(gpus)}}
 
 
 def _room(node: dict[str, float], needed: Resources) -> int:

@@ -35,6 +35,11 @@ EXIT_WAIT_S = 15.0
 logger = logging.getLogger(__name__)
 
 
+def address_of(cluster: ClusterConfig) -> str:
+    """Where the run goes: ``HOST:PORT``, ``auto``, or ``local``, a cluster of this machine's own."""
+    return cluster.address or os.environ.get("RAY_ADDRESS") or "local"
+
+
 @contextmanager
 def ray_session(cluster: ClusterConfig) -> Iterator[bool]:
     """Connect to Ray; yields whether the cluster is this machine's own. Everything started here ends with it.
@@ -45,7 +50,7 @@ def ray_session(cluster: ClusterConfig) -> Iterator[bool]:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     _quiet_raylet()
-    address = cluster.address or os.environ.get("RAY_ADDRESS") or "local"
+    address = address_of(cluster)
     if address == "local":
         with _local_cluster():
             yield True

@@ -1,0 +1,53 @@
+"""What a signal to the driver does."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+from asp_dist.cluster.control import Control
+
+
+class Signals:
+    """SIGTERM and SIGINT ask the workers to stop behind a checkpoint; a second SIGINT ends the driver at once."""
+
+    def __init__(self) -> None:
+        self._reason: str | None = None
+        self._control: Control | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Signals:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.getsignal(number)
+            self.install()
+        return self
+
+    def install(self) -> None:
+        """Set the handlers, if this is the main thread."""
+        for number in self._before:
+            signal.signal(number, self._handle)
+
+    def connect(self, control: Control) -> None:
+        """Send requests to the workers from now on, the ones that came already included."""
+        self._control = control
+        if self._reason is not None:
+            control.request_stop(self._reason)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        if name == self._reason == "SIGINT":
+            raise KeyboardInterrupt
+        self._reason = name
+        if self._control is not None:
+            self._control.request_stop(name)
+        print(f"{name}: stopping behind a checkpoint; a second SIGINT stops at once", file=sys.stderr, flush=True)

@@ -1,0 +1,155 @@
+"""Jobs on a real Ray cluster: a head and a worker node with token authentication, by launch/local_cluster.sh."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from asp_dist.cluster import jobs
+from asp_dist.config import Config, DataConfig, ModelConfig, UserError, from_dict
+
+ROOT = Path(__file__).parents[1]
+KEY = "0123456789abcdef0123456789abcdef01234567"
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+
+
+def tiny(folder: Path, **changes: Any) -> Config:
+    """A run of a few steps on random images."""
+    fields: dict[str, Any] = {
+        "name": "tiny",
+        "model": {"name": "test_resnet"},
+        "data": {"backend": "synthetic", "batch_size": 16, "input_size": 32, "synthetic_samples": [64, 16]},
+        "schedule": {"epochs": 2},
+        "training": {"device": "cpu", "log_every": 1},
+        "cluster": {"num_workers": 1},
+        "tracking": {"wandb": "disabled"},
+        "output": {"dir": str(folder)},
+    }
+    return replace(from_dict(fields), **changes)
+
+
+def test_a_jobs_paths_start_from_the_root_on_the_cluster() -> None:
+    config = Config(model=ModelConfig(weights="w.pth"), data=DataConfig(root="../digits"))
+    there = jobs.on_cluster(replace(config, cluster=replace(config.cluster, address="10.0.0.1:6379")), "/mnt/data")
+    assert (there.model.weights, there.data.root, there.output.dir) == (
+        "/mnt/data/w.pth",
+        "/mnt/digits",
+        "/mnt/data/runs",
+    )
+    assert there.cluster.address is None
+
+
+def test_the_package_holds_the_source_and_the_configuration() -> None:
+    with jobs._package(Config(name="here")) as folder:
+        assert (folder / "asp_dist" / "cli.py").is_file()
+        assert not list(folder.rglob("__pycache__"))
+        assert "name: here" in (folder / "job.yaml").read_text()
+        assert KEY not in (folder / "job.yaml").read_text()
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("address", [None, "127.0.0.1:6379", "ray://head:10001"])
+def test_an_address_that_is_no_job_server_is_refused(address: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
+    with pytest.raises(UserError, match="http://HEAD:8265"):
+        jobs.Cluster(address).connect()
+
+
+def test_a_dead_job_server_is_said_so() -> None:
+    with pytest.raises(UserError, match=r"no Ray job server answers at http://127.0.0.1:1"):
+        jobs.Cluster("http://127.0.0.1:1").connect()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[tuple[jobs.Cluster, Path]]:
+    """The cluster's job server, and the folder with its logs. The token is the tests' own (conftest)."""
+    state = Path(tempfile.mkdtemp(prefix="asp-", dir="/tmp"))
+    port = free_port()
+    environment = os.environ | {
+        "STATE": str(state / "c"),
+        "HEAD_PORT": str(free_port()),
+        "DASHBOARD_PORT": str(port),
+        "CPUS_PER_NODE": "2",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+    script = ROOT / "launch" / "local_cluster.sh"
+    subprocess.run([script, "start", "1"], env=environment, check=True, stdout=subprocess.DEVNULL, timeout=120)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_API_KEY", KEY)
+        yield jobs.Cluster(f"http://127.0.0.1:{port}"), state / "c"
+    subprocess.run([script, "stop"], env=environment, check=True, timeout=120)
+    left = subprocess.run(["pgrep", "-f", str(state)], capture_output=True, text=True).stdout
+    shutil.rmtree(state, ignore_errors=True)
+    assert left == ""
+
+
+@pytest.mark.slow
+def test_a_job_runs_to_its_end_and_its_log_is_followed(head: tuple[jobs.Cluster, Path], tmp_path: Path) -> None:
+    cluster, state = head
+    out = io.StringIO()
+    assert jobs.submit(tiny(tmp_path), cluster, out=out) == 0, out.getvalue()
+    assert (tmp_path / "tiny" / "model.safetensors").is_file()
+    assert "top-1" in out.getvalue()
+    assert KEY not in out.getvalue()
+    logs = [path for path in state.rglob("*") if path.is_file() and not path.is_symlink()]
+    assert logs
+    assert [str(path) for path in logs if KEY.encode() in path.read_bytes()] == []
+
+
+@pytest.mark.slow
+def test_a_failing_job_gives_its_exit_code_and_its_message(head: tuple[jobs.Cluster, Path], tmp_path: Path) -> None:
+    out = io.StringIO()
+    config = tiny(tmp_path, model=ModelConfig(name="resnet19"))
+    assert jobs.submit(config, head[0], out=out) == 2
+    assert "resnet18" in out.getvalue()
+
+
+@pytest.mark.slow
+def test_a_stopped_job_leaves_a_checkpoint_and_no_process(head: tuple[jobs.Cluster, Path], tmp_path: Path) -> None:
+    cluster, _ = head
+    config = tiny(tmp_path)
+    config = replace(config, name="long", schedule=replace(config.schedule, epochs=10_000))
+    out = io.StringIO()
+    assert jobs.submit(config, cluster, wait=False, out=out) == 0
+    job = out.getvalue().split()[1]
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "long" / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert jobs.status(job, cluster, out) == 0
+    assert "RUNNING" in out.getvalue()
+    assert jobs.stop(job, cluster, out) == 0
+    assert jobs.status(job, cluster, out) == jobs.EXIT_STOPPED
+    assert list((tmp_path / "long" / "checkpoints").glob("step-*"))
+    left = [t for t in threading.enumerate() if t.name == "ray-train"]
+    drivers = subprocess.run(["pgrep", "-f", "asp_dist train job.yaml"], capture_output=True, text=True).stdout
+    assert (left, drivers) == ([], "")
+
+
+@pytest.mark.slow
+def test_an_unknown_job_is_said_so(head: tuple[jobs.Cluster, Path]) -> None:
+    with pytest.raises(UserError, match="knows no job nobody"):
+        jobs.stop("nobody", head[0])
