@@ -21,6 +21,7 @@ from asp_dist.config import Config, TrackingConfig, UserError
 from asp_dist.tracking import Tail, build_tracker, read_layers, read_rows, wandb_file
 from asp_dist.tracking.layers import LayerHistory, read_history
 from asp_dist.tracking.metrics import MetricsFile
+from asp_dist.tracking.wandb_mode import api_key
 from asp_dist.tracking.wandb_run import run_id, sync_line
 
 KEY = "0123456789" * 4
@@ -250,6 +251,25 @@ def test_wrong_key_goes_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     with server(status, b'{"data": {"viewer": null}}') as url:
         monkeypatch.setenv("WANDB_BASE_URL", url)
         start_without_a_server(tmp_path, reason)
+
+
+def test_a_key_that_is_none_at_all_goes_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "not a key")
+    with server(401, b"") as url:
+        monkeypatch.setenv("WANDB_BASE_URL", url)
+        start_without_a_server(tmp_path, "refused")
+
+
+def test_key_is_found_where_wandb_looks_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "netrc"
+    file.write_text("machine api.wandb.ai login user password cloud\nmachine here:8080 login user password mine\n")
+    file.chmod(0o600)
+    monkeypatch.setenv("NETRC", str(file))
+    assert api_key("https://api.forge.coreweave.com") == "cloud"
+    assert api_key("http://here:8080") == "mine"
+    assert api_key("http://elsewhere") is None
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    assert api_key("http://elsewhere") == KEY
 
 
 def test_server_that_never_answers_goes_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -153,11 +153,10 @@ def create_dashboard(project: str, entity: str | None = None, *, out: Path | str
         return [str(path)]
     import wandb
 
-    from asp_dist.tracking.wandb_mode import api_key, probe
+    from asp_dist.tracking.wandb_mode import usable
 
     base_url = wandb.setup().settings.base_url.rstrip("/")
-    key = api_key(base_url)
-    problem = probe(base_url, key, 10.0) if key else "there is no API key (run `wandb login`)"
+    problem = usable(base_url, 10.0)
     if problem:
         raise UserError(f"the dashboard cannot be created: {problem}; --out FILE writes its definition instead")
     try:

@@ -15,6 +15,8 @@ from urllib.parse import urlsplit
 
 from asp_dist.config import TrackingConfig, UserError
 
+# wandb's own cloud goes by both names; a login for one is good for the other.
+CLOUD = ("api.forge.coreweave.com", "api.wandb.ai")
 PROBE = json.dumps({"query": "query { viewer { id } }"}).encode()
 
 
@@ -27,51 +29,63 @@ class Mode:
 
 
 def api_key(base_url: str) -> str | None:
-    """The user's key: ``WANDB_API_KEY``, else the netrc entry of the server's host."""
+    """The user's key, found where wandb finds it: ``WANDB_API_KEY``, the netrc entry of the server, wandb's settings."""
     if os.environ.get("WANDB_API_KEY"):
         return os.environ["WANDB_API_KEY"]
-    for path in (os.environ.get("NETRC"), "~/.netrc", "~/_netrc"):
-        file = Path(path).expanduser() if path else None
-        if file is None or not file.exists():
-            continue
+    place = urlsplit(base_url).netloc
+    hosts = (place, *CLOUD) if place in CLOUD else (place,)
+    path = Path(os.environ.get("NETRC") or "~/.netrc").expanduser()
+    if path.exists():
         try:
-            entry = netrc.netrc(str(file)).authenticators(urlsplit(base_url).hostname or "")
+            file = netrc.netrc(str(path))
         except (netrc.NetrcParseError, OSError):
-            continue
-        if entry and entry[2]:
-            return entry[2]
-    return None
+            return None
+        for entry in map(file.authenticators, hosts):
+            if entry and entry[2]:
+                return entry[2]
+    import wandb
+
+    return wandb.setup().settings.api_key
 
 
-def _ask(base_url: str, key: str, timeout: float) -> str:
-    """Empty if the server knows the key, else what is wrong."""
-    token = base64.b64encode(f"api:{key}".encode()).decode()
-    headers = {"Content-Type": "application/json", "Authorization": f"Basic {token}"}
-    request = urllib.request.Request(f"{base_url}/graphql", data=PROBE, headers=headers)
+def _ask(base_url: str, key: str | None, timeout: float) -> str:
+    """Empty if the server answers, and knows the key if one is given; else what is wrong."""
+    headers = {"Content-Type": "application/json"}
+    if key is not None:
+        headers["Authorization"] = f"Basic {base64.b64encode(f'api:{key}'.encode()).decode()}"
     try:
+        request = urllib.request.Request(f"{base_url}/graphql", data=PROBE, headers=headers)
         with urllib.request.urlopen(request, timeout=timeout) as answer:
             viewer = (json.load(answer).get("data") or {}).get("viewer")
-        return "" if viewer else f"the wandb server {base_url} does not know the API key"
+        return "" if viewer or key is None else f"the wandb server {base_url} does not know the API key"
     except urllib.error.HTTPError as error:
+        error.close()
         if error.code in (401, 403):
-            return f"the wandb server {base_url} refused the API key"
+            return "" if key is None else f"the wandb server {base_url} refused the API key"
         return f"the wandb server {base_url} answered with HTTP {error.code}"
-    except (OSError, ValueError) as error:
-        cause = getattr(error, "reason", error)
-        return f"the wandb server {base_url} cannot be reached ({cause})"
+    except Exception as error:  # whatever the network or a foreign server comes up with
+        return f"the wandb server {base_url} cannot be reached ({getattr(error, 'reason', error)})"
 
 
-def probe(base_url: str, key: str, timeout: float) -> str:
+def probe(base_url: str, key: str | None, timeout: float) -> str:
     """Ask the server, for `timeout` seconds at most even if name resolution hangs; empty if online tracking works."""
     answer = [f"the wandb server {base_url} did not answer within {timeout:g} s"]
 
     def ask() -> None:
-        answer[0] = _ask(base_url, key, timeout)
+        answer[0] = _ask(base_url, key, timeout + 5)  # the join below ends the wait, always with the same words
 
     thread = threading.Thread(target=ask, name="wandb-probe", daemon=True)
     thread.start()
     thread.join(timeout)
     return answer[0]
+
+
+def usable(base_url: str, timeout: float) -> str:
+    """Empty if runs can be tracked on that server, else what is wrong; takes `timeout` seconds at most."""
+    if os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return probe(base_url, None, timeout)
+    key = api_key(base_url)
+    return probe(base_url, key, timeout) if key else "there is no API key (run `wandb login`)"
 
 
 def resolve(config: TrackingConfig, base_url: str, *, was_offline: bool = False) -> Mode:
@@ -92,8 +106,7 @@ def resolve(config: TrackingConfig, base_url: str, *, was_offline: bool = False)
         return Mode(wanted)
     if wanted == "auto" and was_offline:
         return Mode("offline", "it began offline")
-    key = api_key(base_url)
-    problem = probe(base_url, key, config.timeout_s) if key else "there is no API key (run `wandb login`)"
+    problem = usable(base_url, config.timeout_s)
     if not problem:
         return Mode("online")
     if wanted == "online":
