@@ -63,5 +63,5 @@ def test_workspace_survives_the_way_through_its_serialised_form() -> None:
 
 
 def test_without_a_login_it_says_so() -> None:
-    with pytest.raises(UserError, match=r"no API key.*--out FILE"):
+    with pytest.raises(UserError, match=r"no API key.*--output FILE"):
         create_dashboard("pruning", "team")

@@ -158,7 +158,7 @@ def create_dashboard(project: str, entity: str | None = None, *, out: Path | str
     base_url = wandb.setup().settings.base_url.rstrip("/")
     problem = usable(base_url, 10.0)
     if problem:
-        raise UserError(f"the dashboard cannot be created: {problem}; --out FILE writes its definition instead")
+        raise UserError(f"the dashboard cannot be created: {problem}; --output FILE writes its definition instead")
     try:
         entity = entity or wandb.Api().default_entity
         if not entity:

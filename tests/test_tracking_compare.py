@@ -1,0 +1,47 @@
+"""The table of several runs."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from make_run import make_run
+
+from asp_dist.config import UserError
+from asp_dist.tracking.compare import print_comparison
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> list[Path]:
+    results = {"worse": (0.70, 0.85), "sparse": (0.71, 0.95), "accurate": (0.76, 0.9)}
+    return [make_run(tmp_path / n, epochs=1, rows_per_epoch=1, top1=t, sparsity=s) for n, (t, s) in results.items()]
+
+
+def test_runs_stand_by_accuracy_with_the_front_marked(runs: list[Path]) -> None:
+    out = io.StringIO()
+    print_comparison(runs, file=out)
+    lines = [line.split() for line in out.getvalue().splitlines()]
+    assert [line[0] for line in lines] == ["run", "accurate", "sparse", "worse"]
+    assert [line[1] == "*" for line in lines[1:]] == [True, True, False]
+    assert lines[1][2:7] == ["resnet50", "76.00%", "93.00%", "90.0000%", "90.00%"]
+
+
+def test_json_lines_hold_the_summaries(runs: list[Path]) -> None:
+    out = io.StringIO()
+    print_comparison(runs, as_json=True, file=out)
+    rows = [json.loads(line) for line in out.getvalue().splitlines()]
+    assert [(Path(row["run"]).name, row["front"], row["top1"]) for row in rows] == [
+        ("accurate", True, 0.76),
+        ("sparse", True, 0.71),
+        ("worse", False, 0.7),
+    ]
+
+
+def test_a_folder_without_a_finished_run_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"summary.json is missing"):
+        print_comparison([tmp_path])
+    (tmp_path / "summary.json").write_text("{")
+    with pytest.raises(UserError, match="cannot be read"):
+        print_comparison([tmp_path])
