@@ -28,12 +28,12 @@ def print_plan(plan: Plan, file: IO[str] | None = None) -> None:
         line("weights", f"{left:,} of {prunable:,} prunable ones left, {1 - left / prunable:.2%} sparse")
         line("per image", f"{totals['macs'] / 1e9:.3f} of {totals['dense_macs'] / 1e9:.3f} G multiply-adds left")
         line("file", f"{totals['bytes'] / 1e6:.1f} MB as a sparse file")
-    line("memory", f"{plan.memory['all'] / 1e9:.2f} GB per worker: {_parts(plan.memory, 1e9, 'GB')}")
-    line("traffic", f"{plan.traffic['all'] / 1e6:.1f} MB per worker and step: {_parts(plan.traffic, 1e6, 'MB')}")
+    line("memory", f"{plan.memory['all'] / 1e9:.2f} GB per worker{_parts(plan.memory, 1e9, 'GB')}")
+    line("traffic", f"{plan.traffic['all'] / 1e6:.1f} MB per worker and step{_parts(plan.traffic, 1e6, 'MB')}")
     line(
         "schedule",
         f"{schedule['epochs']} epochs of {schedule['steps_per_epoch']:,} steps of {schedule['batch_size']:,} images: "
-        f"{schedule['steps']:,} steps on {schedule['workers']} workers",
+        f"{schedule['steps']:,} steps on {schedule['workers']} worker{'s' if schedule['workers'] != 1 else ''}",
     )
     if plan.scaling:
         console.print(_scaling(plan))
@@ -42,7 +42,8 @@ def print_plan(plan: Plan, file: IO[str] | None = None) -> None:
 
 
 def _parts(values: dict[str, float], unit: float, name: str) -> str:
-    return ", ".join(f"{key} {value / unit:.3g} {name}" for key, value in values.items() if key != "all" and value)
+    parts = ", ".join(f"{key} {value / unit:.3g} {name}" for key, value in values.items() if key != "all" and value)
+    return f": {parts}" if parts else ""
 
 
 def _layers(plan: Plan) -> Table:

@@ -21,7 +21,7 @@ SHOWN = (
     ("sparsity", "sparsity", ".4%"),
     ("target_sparsity", "budget", ".2%"),
     ("nonzero_weights", "weights left", ",d"),
-    ("macs", "multiply-adds left", ",.0f"),
+    ("macs_density", "multiply-adds left", ".2%"),
     ("epochs", "epochs", "d"),
     ("world_size", "workers", "d"),
     ("images_per_second", "images/s", ",.0f"),
@@ -41,6 +41,8 @@ def read_summary(run_dir: Path) -> dict[str, Any]:
         raise UserError(f"{run_dir} holds no finished run: {path} is missing") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
+    if summary.get("macs") and summary.get("dense_macs"):
+        summary["macs_density"] = summary["macs"] / summary["dense_macs"]
     return summary
 
 
