@@ -31,12 +31,16 @@ class PipelineRun:
         self.pipeline, self.batches, self.prefetch, self.tar = pipeline, batches, prefetch, tar
         self.taken = 0
 
-    def next(self) -> tuple[Tensor, IndexArray]:
-        """Images float32 [B, 3, H, W] on the pipeline's device, and their positions in the file list, int64 [B]."""
+    def advance(self) -> Any:
+        """The next batch as DALI's tensor lists."""
         if self.taken + self.prefetch <= self.batches:
             self.pipeline.schedule_run()  # the first call schedules `prefetch` batches
-        images, places = self.pipeline.outputs()
         self.taken += 1
+        return self.pipeline.outputs()
+
+    def next(self) -> tuple[Tensor, IndexArray]:
+        """Images float32 [B, 3, H, W] on the pipeline's device, and their positions in the file list, int64 [B]."""
+        images, places = self.advance()
         tensor: Tensor = from_dlpack(images.as_tensor())
         from asp_dist.data.readers import positions
 
