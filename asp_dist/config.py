@@ -434,6 +434,8 @@ class OutputConfig:
         checkpoint_steps: optimizer steps between checkpoints as well; None: none within an epoch.
         checkpoint_minutes: minutes between checkpoints as well; None: none within an epoch.
         keep: checkpoints kept, beside the best.
+        storage: address of an object store, such as ``s3://bucket/runs``, that holds the checkpoints and copies of the
+            results, so that a run goes on where its `dir` is gone; None: the run's folder holds them.
     """
 
     dir: str = "runs"
@@ -441,10 +443,15 @@ class OutputConfig:
     checkpoint_steps: int | None = None
     checkpoint_minutes: float | None = None
     keep: int = 2
+    storage: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("checkpoint_epochs", "checkpoint_steps", "checkpoint_minutes", "keep"):
             _check_positive(f"output.{name}", getattr(self, name))
+        check(
+            self.storage is None or "://" in self.storage,
+            f"output.storage = {self.storage!r} is no address: give one such as s3://bucket/runs, or use output.dir",
+        )
 
 
 @dataclass(frozen=True)
