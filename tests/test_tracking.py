@@ -23,6 +23,7 @@ from asp_dist.tracking.layers import LayerHistory, read_history
 from asp_dist.tracking.metrics import MetricsFile
 from asp_dist.tracking.wandb_mode import api_key
 from asp_dist.tracking.wandb_run import run_id, sync_line
+from asp_dist.tracking.watch import Heartbeat
 
 KEY = "0123456789" * 4
 TRAIN = {"kind": "train", "epoch": 0.5, "train/loss": 1.5, "train/lr": 0.1, "train/images_per_second": 100.0}
@@ -320,6 +321,19 @@ def test_alerts_on_bad_loss_stalled_input_and_missed_budget(tmp_path: Path) -> N
         if record.WhichOneof("record_type") == "alert"
     ]
     assert alerts == ["Loss is not finite", "Input is stalled", "Budget missed"]
+
+
+def test_silence_is_told_once_and_only_after_a_first_row() -> None:
+    told: list[float] = []
+    heart = Heartbeat(told.append, least_s=0.1)
+    time.sleep(0.3)
+    assert told == []
+    heart.beat()
+    time.sleep(0.5)
+    assert told == [0.1]
+    heart.beat()
+    heart.close()
+    assert told == [0.1]
 
 
 def test_wandb_failing_ends_wandb_and_not_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -10,10 +11,11 @@ from typing import Any, Self
 
 from asp_dist.config import Config
 from asp_dist.tracking import wandb_run
+from asp_dist.tracking.console import duration
 from asp_dist.tracking.layers import LayerFile, LayerRow, read_layers
 from asp_dist.tracking.metrics import MetricsFile, Row
 from asp_dist.tracking.report import write_report
-from asp_dist.tracking.watch import Watch
+from asp_dist.tracking.watch import Heartbeat, Watch
 
 log = logging.getLogger(__name__)
 
@@ -52,10 +54,16 @@ class RunTracker(Tracker):
         self._layers = layers
         self._run = run
         self._watch = Watch()
+        self._lock = threading.RLock()  # the heartbeat alerts from its own thread
+        self._heart = Heartbeat(self._silent)
         self._step = max(metrics.last_step.values(), default=0)
         self._finished = False
         self._to_wandb(lambda run: self._catch_up(run))
         metrics.kept.clear()
+
+    def _silent(self, seconds: float) -> None:
+        text = f"no row for {duration(seconds)} since step {self._step}: the input is stalled, or a worker hangs"
+        self.alert("No progress", text)
 
     def _catch_up(self, run: wandb_run.WandbRun) -> None:
         """Give wandb the kept rows and layers that it lost in a kill, by rising steps."""
@@ -74,8 +82,10 @@ class RunTracker(Tracker):
 
     def log(self, step: int, row: Row) -> None:
         """Record `row`, in the file and in wandb, and warn about what it shows."""
+        self._heart.beat()
         self._step = max(self._step, step)
-        written = self._metrics.append(step, row)
+        with self._lock:
+            written = self._metrics.append(step, row)
         if written is None:
             return
         self._to_wandb(lambda run: run.log(written))
@@ -89,7 +99,8 @@ class RunTracker(Tracker):
 
     def alert(self, title: str, text: str) -> None:
         """A warning row in the record, and an alert in wandb."""
-        self._metrics.append(self._step, {"event": "warning", "message": f"{title}: {text}"})
+        with self._lock:
+            self._metrics.append(self._step, {"event": "warning", "message": f"{title}: {text}"})
         self._to_wandb(lambda run: run.alert(title, text))
 
     def finish(self, summary: dict[str, Any] | None = None, exit_code: int = 0) -> None:
@@ -97,6 +108,7 @@ class RunTracker(Tracker):
         if self._finished:
             return
         self._finished = True
+        self._heart.close()
         summary = summary or {}
         for title, text in self._watch.summary(summary):
             self.alert(title, text)
