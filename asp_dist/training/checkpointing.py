@@ -8,17 +8,63 @@ import time
 from asp_dist.config import Config, UserError, differences, to_dict
 from asp_dist.training.checkpoint import Manifest
 from asp_dist.training.keeper import Event, Keeper
+from asp_dist.training.remote import WAITS_S, Mirror, RemoteStore, open_storage, patiently
 from asp_dist.training.run import Run, capture_state, restore_state
-from asp_dist.training.rundir import run_dir, versions
+from asp_dist.training.rundir import CONFIG, IDENTITY, MODEL, SUMMARY, run_dir, versions
 from asp_dist.training.store import LocalStore
 
 log = logging.getLogger(__name__)
 
 
+# What a run goes on from beside its checkpoint; the files that say whose the folder is come last.
+RECORD = ("metrics.jsonl", "layers.jsonl", "wandb_id", IDENTITY, CONFIG)
+RESULTS = (*RECORD, "layers.json", "report.html", MODEL, SUMMARY)
+
+
 def build_keeper(config: Config, identity: str) -> Keeper:
-    """The keeper of the run's checkpoints."""
-    store = LocalStore(run_dir(config) / "checkpoints")
-    return Keeper(store, identity, config.output.keep)
+    """The keeper of the run's checkpoints, in its folder or in ``output.storage``."""
+    mirror = build_mirror(config)
+    if mirror is None:
+        return Keeper(LocalStore(run_dir(config) / "checkpoints"), identity, config.output.keep)
+    address = f"{str(config.output.storage).split('?')[0].rstrip('/')}/{config.name}/checkpoints"
+    store = RemoteStore(address, mirror.system, f"{mirror.path}/checkpoints")
+    return Keeper(store, identity, config.output.keep, waits=WAITS_S, saved=lambda: mirror.send(RECORD))
+
+
+def build_mirror(config: Config) -> Mirror | None:
+    """The copies of the run's files in ``output.storage``, if there is one."""
+    if config.output.storage is None:
+        return None
+    system, path = open_storage(config.output.storage)
+    return Mirror(system, f"{path}/{config.name}", run_dir(config))
+
+
+def fetch_record(config: Config) -> None:
+    """Bring the run's record here from ``output.storage``, where the run's folder lacks it. For rank 0.
+
+    Raises:
+        UserError: the store does not answer.
+    """
+    mirror = build_mirror(config)
+    if mirror is None:
+        return
+    try:
+        fetched = patiently(lambda: mirror.fetch(RECORD), WAITS_S, str(config.output.storage))
+    except OSError as error:
+        raise UserError(f"output.storage = {config.output.storage!r} does not answer: {error}") from error
+    if fetched:
+        log.info("fetched %s from %s", ", ".join(fetched), config.output.storage)
+
+
+def send_results(run: Run) -> None:
+    """Copy the run's results to ``output.storage``. For rank 0; what fails is said, the results are here as well."""
+    mirror = build_mirror(run.config)
+    if mirror is None:
+        return
+    try:
+        mirror.send(RESULTS)
+    except OSError as error:
+        log_events(run, [Event("warning", f"results not copied to {run.config.output.storage}: {error}")])
 
 
 def due(run: Run) -> bool:

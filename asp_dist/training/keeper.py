@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from asp_dist.training.checkpoint import (
     split_state,
     write_checkpoint,
 )
+from asp_dist.training.remote import patiently
 from asp_dist.training.store import Store
 
 
@@ -71,12 +73,24 @@ class Keeper:
         store: where the checkpoints lie.
         run: identity of the run; checkpoints of others are not used.
         keep: how many of the latest stay, beside the best.
+        waits: seconds before each further attempt at writing a checkpoint that failed; the training goes on meanwhile.
+        saved: called in the background after each checkpoint.
     """
 
-    def __init__(self, store: Store, run: str, keep: int) -> None:
+    def __init__(
+        self,
+        store: Store,
+        run: str,
+        keep: int,
+        *,
+        waits: tuple[float, ...] = (),
+        saved: Callable[[], None] | None = None,
+    ) -> None:
         self.store = store
         self.run = run
         self.keep = keep
+        self.waits = waits
+        self.saved = saved
         self._staging = Staging()
         self._thread: threading.Thread | None = None
         self._events: list[Event] = []
@@ -140,14 +154,25 @@ class Keeper:
     def _write(self, manifest: Manifest, plain: Any, copies: dict[str, dict[str, torch.Tensor]]) -> None:
         try:
             self._staging.wait()
-            name = write_checkpoint(self.store, manifest, plain, copies)
+            name = patiently(
+                lambda: write_checkpoint(self.store, manifest, plain, copies),
+                self.waits,
+                f"saving step {manifest.step}",
+            )
             self._events.append(Event("checkpoint", f"saved {self.store.where(name)}"))
             self._forget_old()
+            if self.saved is not None:
+                patiently(self.saved, self.waits, "copying the record")
         except Exception as error:  # the training goes on; the run's log says what is wrong
-            kept = ", ".join(self.store.names()[-self.keep :]) or "none"
             self._events.append(
-                Event("warning", f"the checkpoint of step {manifest.step} failed: {error}; earlier ones kept: {kept}")
+                Event("warning", f"the checkpoint of step {manifest.step} failed: {error}; {self._kept()}")
             )
+
+    def _kept(self) -> str:
+        try:
+            return f"earlier ones kept: {', '.join(self.store.names()[-self.keep :]) or 'none'}"
+        except OSError:
+            return "the store does not say which earlier ones it has"
 
     def _forget_old(self) -> None:
         names = self.store.names()

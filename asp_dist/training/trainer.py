@@ -46,6 +46,7 @@ def train(config: Config, world: World, hooks: Hooks | None = None) -> dict[str,
         BadNumbers: ``training.max_bad_steps`` steps in a row had a loss or gradient that is not finite.
     """
     config = with_absolute_paths(config)
+    world.on_main(lambda: checkpointing.fetch_record(config))
     identity = world.on_main(lambda: claim_run_dir(config))
     done = world.on_main(lambda: finished_summary(config))
     if done is not None:
@@ -68,6 +69,8 @@ def train(config: Config, world: World, hooks: Hooks | None = None) -> dict[str,
         keeper.wait()
         checkpointing.log_events(run, keeper.events())
         run.tracker.finish({} if code else summary, exit_code=code)
+        if world.is_main and not code:
+            checkpointing.send_results(run)
         run.loaders.close()
 
 

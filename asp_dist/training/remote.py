@@ -1,0 +1,169 @@
+"""Checkpoints and results in an object store: S3, Google's, HDFS through pyarrow, and whatever fsspec knows.
+
+An object store has no rename, so a checkpoint exists once its manifest does, which is written last. A store that fails for
+a while is asked again; the training goes on meanwhile, and the keeper says in the record what could not be saved.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any, TypeVar, cast
+
+from asp_dist.config import UserError
+from asp_dist.training.store import MANIFEST, NAME
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+WAITS_S = (0.5, 2.0, 5.0)
+
+
+def patiently(work: Callable[[], T], waits: tuple[float, ...], what: str) -> T:
+    """The result of `work`, called again after each of `waits` (seconds) while it raises OSError; `what` is for the log."""
+    for wait in waits:
+        try:
+            return work()
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            log.warning("%s failed, trying again in %.1f s: %s", what, wait, error)
+            time.sleep(wait)
+    return work()
+
+
+def open_storage(address: str) -> tuple[Any, str]:
+    """The pyarrow file system of an address such as ``s3://bucket/path`` and the path in it.
+
+    Credentials and endpoints come from the environment (``AWS_ACCESS_KEY_ID``, ``AWS_ENDPOINT_URL``, ...) or the address
+    (``s3://bucket/path?endpoint_override=http://host:9000``).
+
+    Raises:
+        UserError: nothing installed knows such an address.
+    """
+    from pyarrow import fs
+
+    try:
+        system, path = fs.FileSystem.from_uri(address)
+    except (ValueError, OSError) as error:
+        try:
+            import fsspec  # type: ignore[import-untyped]
+
+            other, path = fsspec.core.url_to_fs(address)
+        except (ImportError, ValueError) as other_error:
+            raise UserError(f"output.storage = {address!r} cannot be used: {error}; {other_error}") from error
+        system = fs.PyFileSystem(fs.FSSpecHandler(other))
+    return system, str(path).rstrip("/")
+
+
+class RemoteStore:
+    """Checkpoints in an object store; see `Store`.
+
+    Args:
+        address: the folder of the checkpoints, such as ``s3://bucket/runs/name/checkpoints``.
+        system: a pyarrow file system.
+        path: the folder's path in it.
+        waits: seconds between attempts to read or list while the store fails.
+    """
+
+    def __init__(self, address: str, system: Any, path: str, waits: tuple[float, ...] = WAITS_S) -> None:
+        self.address = address.split("?")[0]
+        self.system = system
+        self.path = path
+        self.waits = waits
+
+    def names(self) -> list[str]:
+        return sorted(
+            (name for name, complete in self._folders().items() if complete), key=lambda name: int(name.split("-")[1])
+        )
+
+    def begin(self, name: str) -> None:
+        self.remove(name)
+
+    def write(self, name: str, file: str) -> IO[bytes]:
+        self.system.create_dir(f"{self.path}/{name}", recursive=True)
+        return cast(IO[bytes], self.system.open_output_stream(f"{self.path}/{name}/{file}"))
+
+    def commit(self, name: str) -> None:
+        """The manifest, written last, has done it."""
+
+    def abort(self, name: str) -> None:
+        try:
+            self.remove(name)
+        except OSError as error:
+            log.warning("what was written of %s stays: %s", self.where(name), error)
+
+    def read(self, name: str, file: str) -> bytes:
+        return self._again(lambda: self._read(f"{self.path}/{name}/{file}"))
+
+    def remove(self, name: str) -> None:
+        folder = f"{self.path}/{name}"
+        infos = self.system.get_file_info([f"{folder}/{MANIFEST}", folder])
+        if infos[0].is_file:
+            self.system.delete_file(f"{folder}/{MANIFEST}")
+        if infos[1].type.name == "Directory":
+            self.system.delete_dir(folder)
+
+    def where(self, name: str) -> str:
+        return f"{self.address}/{name}"
+
+    def clean(self) -> None:
+        for name, complete in self._folders().items():
+            if not complete:
+                self.abort(name)
+
+    def _read(self, path: str) -> bytes:
+        with self.system.open_input_stream(path) as stream:
+            return bytes(stream.read())
+
+    def _folders(self) -> dict[str, bool]:
+        """Name -> whether its manifest is there."""
+        from pyarrow import fs
+
+        selector = fs.FileSelector(self.path, allow_not_found=True, recursive=True)
+        found: dict[str, bool] = {}
+        for info in self._again(lambda: self.system.get_file_info(selector)):
+            parts = info.path.removeprefix(self.path).strip("/").split("/")
+            if NAME.fullmatch(parts[0]):
+                found[parts[0]] = found.get(parts[0], False) or parts[1:] == [MANIFEST]
+        return found
+
+    def _again(self, work: Callable[[], T]) -> T:
+        return patiently(work, self.waits, self.address)
+
+
+class Mirror:
+    """Copies of a run's small files beside its checkpoints in the object store.
+
+    Args:
+        system: a pyarrow file system.
+        path: the run's path in it.
+        folder: the run's folder here.
+    """
+
+    def __init__(self, system: Any, path: str, folder: Path) -> None:
+        self.system = system
+        self.path = path
+        self.folder = folder
+
+    def send(self, names: tuple[str, ...]) -> None:
+        """Copy files of the folder, those that are there, to the store. Raises OSError if it does not answer."""
+        self.system.create_dir(self.path, recursive=True)
+        for name in names:
+            file = self.folder / name
+            if file.is_file():
+                with self.system.open_output_stream(f"{self.path}/{name}") as stream:
+                    stream.write(file.read_bytes())
+
+    def fetch(self, names: tuple[str, ...]) -> list[str]:
+        """Copy files that the store has and the folder lacks; returns their names. The last of `names` comes last."""
+        fetched = []
+        for name in names:
+            if (self.folder / name).exists() or not self.system.get_file_info(f"{self.path}/{name}").is_file:
+                continue
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with self.system.open_input_stream(f"{self.path}/{name}") as stream:
+                (self.folder / name).write_bytes(bytes(stream.read()))
+            fetched.append(name)
+        return fetched

@@ -1,0 +1,201 @@
+"""Checkpoints in an object store: a real S3 server on loopback, also while it fails."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from small_runs import StopAt, small_config
+from test_checkpoint import keep, manifest, save, state
+
+from asp_dist.config import Config, OutputConfig, UserError
+from asp_dist.tracking import read_rows
+from asp_dist.training import Stopped, World, run_dir, train
+from asp_dist.training.checkpoint import read_checkpoint
+from asp_dist.training.keeper import Keeper
+from asp_dist.training.remote import RemoteStore, open_storage
+
+
+@dataclass
+class Proxy:
+    """Passes connections on to `target`; while `down`, it closes them at once."""
+
+    target: int
+    down: bool = False
+    refused: int = 0
+    listener: socket.socket = field(default_factory=lambda: socket.create_server(("127.0.0.1", 0)))
+
+    @property
+    def port(self) -> int:
+        return int(self.listener.getsockname()[1])
+
+    def serve(self) -> None:
+        while True:
+            try:
+                client, _ = self.listener.accept()
+            except OSError:
+                return
+            if self.down:
+                self.refused += 1
+                client.close()
+                continue
+            server = socket.create_connection(("127.0.0.1", self.target))
+            for one, other in ((client, server), (server, client)):
+                threading.Thread(target=self.pump, args=(one, other), daemon=True).start()
+
+    def pump(self, source: socket.socket, sink: socket.socket) -> None:
+        try:
+            while data := source.recv(1 << 16):
+                if self.down:
+                    break
+                sink.sendall(data)
+        except OSError:
+            pass
+        finally:
+            for end in (source, sink):
+                end.close()
+
+
+@pytest.fixture(scope="module")
+def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
+    pytest.importorskip("moto", reason="pip install 'moto[s3]' flask flask-cors")
+    pytest.importorskip("flask_cors", reason="pip install 'moto[s3]' flask flask-cors")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = int(free.getsockname()[1])
+    folder = tmp_path_factory.mktemp("s3")
+    with open(folder / "log", "w") as log:
+        command = [sys.executable, "-W", "ignore", "-c", "from moto.server import main; main()"]
+        server = subprocess.Popen([*command, "-H", "127.0.0.1", "-p", str(port)], stdout=log, stderr=log)
+    proxy = Proxy(port)
+    try:
+        for _ in range(600):
+            try:
+                socket.create_connection(("127.0.0.1", port), 1).close()
+                break
+            except OSError:
+                time.sleep(0.1)
+        threading.Thread(target=proxy.serve, daemon=True).start()
+        yield proxy
+    finally:
+        proxy.listener.close()
+        server.terminate()
+        server.wait()
+
+
+@pytest.fixture
+def address(proxy: Proxy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    proxy.down = False
+    options = f"scheme=http&endpoint_override=127.0.0.1:{proxy.port}&region=us-east-1&allow_bucket_creation=true"
+    url = f"s3://bucket-{os.getpid()}/{tmp_path.name.replace('_', '-')}?{options}"
+    system, path = open_storage(url)
+    system.create_dir(path, recursive=True)
+    return url
+
+
+def remote(address: str) -> RemoteStore:
+    system, path = open_storage(address)
+    return RemoteStore(address, system, f"{path}/checkpoints", waits=(0.05, 0.1))
+
+
+def stored(config: Config, address: str) -> Config:
+    """`config` with the object store."""
+    import dataclasses
+
+    return dataclasses.replace(config, output=OutputConfig(dir=config.output.dir, storage=address))
+
+
+@pytest.mark.parametrize("url", ["ftp-like://host/x", "s4://bucket"])
+def test_unknown_addresses(url: str) -> None:
+    with pytest.raises(UserError, match=r"output\.storage"):
+        open_storage(url)
+    with pytest.raises(UserError, match="no address"):
+        OutputConfig(storage="bucket/x")
+
+
+def test_any_fsspec_file_system_will_do() -> None:
+    system, path = open_storage("memory://runs")
+    store = RemoteStore("memory://runs", system, path, waits=())
+    save(store, 3)  # type: ignore[arg-type]
+    assert store.names() == ["step-00000003"]
+    assert read_checkpoint(store, "step-00000003")[1]["optimizer"]["state"][1] == {"step": 3}
+    store.remove("step-00000003")
+    assert store.names() == []
+
+
+@pytest.mark.slow
+def test_s3_holds_the_last_and_the_best(address: str) -> None:
+    keeper = Keeper(remote(address), "mine", keep=2)
+    for step in range(1, 6):
+        keep(keeper, step, best=step == 2)
+    keeper.wait()
+    assert keeper.store.names() == ["step-00000002", "step-00000004", "step-00000005"]
+    latest = keeper.latest()
+    assert latest is not None and torch.equal(latest[2]["model"]["fc.weight"], torch.full((3, 5), 5.0))
+    # One without its manifest is none, and goes.
+    stream = keeper.store.write("step-00000009", "model.safetensors")
+    stream.write(b"half")
+    stream.close()
+    assert "step-00000009" not in keeper.store.names()
+    keeper.store.clean()
+    assert "step-00000009" not in remote(address)._folders()
+
+
+@pytest.mark.slow
+def test_s3_that_fails_for_a_while(address: str, proxy: Proxy) -> None:
+    keeper = Keeper(remote(address), "mine", keep=3, waits=(0.5, 1.0, 2.0, 4.0, 8.0))
+    keep(keeper, 1)
+    keeper.wait()
+    proxy.down = True
+    threading.Timer(3.0, lambda: setattr(proxy, "down", False)).start()
+    start = time.monotonic()
+    keep(keeper, 2)
+    assert time.monotonic() - start < 1.0, "the training waited for the store"
+    keeper.wait()
+    assert proxy.refused > 0 and keeper.store.names() == ["step-00000001", "step-00000002"]
+    assert [event.kind for event in keeper.events()] == ["checkpoint", "checkpoint"]
+
+
+@pytest.mark.slow
+def test_s3_that_stays_away_costs_the_checkpoint_not_the_run(address: str, proxy: Proxy) -> None:
+    keeper = Keeper(remote(address), "mine", keep=3, waits=(0.1,))
+    proxy.down = True
+    keeper.save(manifest(1), state())
+    keeper.wait()
+    (event,) = keeper.events()
+    assert event.kind == "warning" and "the checkpoint of step 1 failed" in event.message
+    proxy.down = False
+    keep(keeper, 2)
+    keeper.wait()
+    assert keeper.store.names() == ["step-00000002"]
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_from_s3_where_its_folder_is_gone(address: str, tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    whole = small_config(tmp_path / "a")
+    parts = stored(small_config(tmp_path / "b"), address)
+    train(whole, World())
+    with pytest.raises(Stopped):
+        train(parts, World(), StopAt(6))
+    assert not (run_dir(parts) / "checkpoints").exists()
+    shutil.rmtree(tmp_path / "b")  # the machine is gone
+    train(parts, World())
+    assert (run_dir(parts) / "model.safetensors").read_bytes() == (run_dir(whole) / "model.safetensors").read_bytes()
+    steps = [r["step"] for r in read_rows(run_dir(parts) / "metrics.jsonl") if r["kind"] == "train"]
+    assert steps == [2, 4, 6, 8, 10, 12]
+    system, path = open_storage(address)
+    with system.open_input_stream(f"{path}/run/model.safetensors") as stream:
+        assert bytes(stream.read()) == (run_dir(whole) / "model.safetensors").read_bytes()
