@@ -31,6 +31,20 @@ def _power(dense: Tensor, threshold: float, out: Tensor, p: float) -> None:
     out.div_(threshold).pow_(p).sub_(1.0).clamp_(min=0.0).pow_(1.0 / p).mul_(threshold).copysign_(dense)
 
 
+# Weights that go through two operations in turn, so that the second finds them in the cache.
+_BLOCK = 1 << 18
+
+
+def write_pruned(prune: Prune, dense: Tensor, mean: float, threshold: float, out: Tensor) -> None:
+    """Subtract `mean` from the dense weights in place, and write the pruned ones into `out`; both flat."""
+    if mean == 0.0:
+        prune(dense, threshold, out)
+        return
+    size = _BLOCK if dense.device.type == "cpu" else max(dense.numel(), 1)
+    for some, target in zip(dense.split(size), out.split(size)):
+        prune(some.sub_(mean), threshold, target)
+
+
 def build_operator(name: Operator, power: float = 3.0) -> Prune:
     """A function (dense, threshold, out) that writes the pruned weights of one layer into `out`.
 

@@ -18,7 +18,14 @@ from asp_dist.pruning.density import DensityModel, gaussian_density, weight_thre
 from asp_dist.pruning.layers import find_weights, unwrapped
 from asp_dist.pruning.losses import sparsity_loss
 from asp_dist.pruning.macs import macs_per_weight
-from asp_dist.pruning.operators import Operator, build_operator, moments, pruned_dot, scale_pruned_gradient_
+from asp_dist.pruning.operators import (
+    Operator,
+    build_operator,
+    moments,
+    pruned_dot,
+    scale_pruned_gradient_,
+    write_pruned,
+)
 from asp_dist.pruning.report import PrunedLayer, Report
 from asp_dist.pruning.schedule import Ramp
 from asp_dist.pruning.shards import LayerShard, RankReducer, flat, local
@@ -227,10 +234,10 @@ class Pruner(Report):
             else:
                 pruned = shard.flat_pruned()
                 product = pruned_dot(gradient, shard.flat_dense(), pruned, threshold, self.operator)
-                products.append(product.double())
+                products.append(product)
                 scale_pruned_gradient_(shard.gradient(), shard.pruned, self.gradient_scale)
             shard.hand_over_dense()
-        self._products = torch.stack(products)
+        self._products = torch.stack(products).double()
         if scale is not None:
             self._products = self._products / scale.double().to(self.device)
 
@@ -278,8 +285,8 @@ class Pruner(Report):
         This is the step's one all-reduce, and on a GPU its one copy to the host.
         """
         sums = [moments(shard.flat_dense()) for shard in self.shards]
-        first = torch.stack([s.double() for s, _ in sums])
-        second = torch.stack([s.double() for _, s in sums])
+        first = torch.stack([total for total, _ in sums]).double()
+        second = torch.stack([squares for _, squares in sums]).double()
         columns = (self._products, first, second, self._local_counts)
         products, total, squares, counts = torch.stack(self.reducer.reduce(*columns)).cpu()
         mean = total / self.numel
@@ -290,10 +297,8 @@ class Pruner(Report):
         """Write the pruned weights; subtract the means, [L], from the dense ones before, if they are given and it is asked."""
         thresholds = weight_threshold(self.thresholds, self.sigmas).tolist()
         for index, (shard, threshold) in enumerate(zip(self.shards, thresholds)):
-            dense = shard.flat_dense()
-            if self.center and means is not None:
-                dense.sub_(float(means[index]))
-            self._prune(dense, threshold, shard.flat_pruned())
+            mean = float(means[index]) if self.center and means is not None else 0.0
+            write_pruned(self._prune, shard.flat_dense(), mean, threshold, shard.flat_pruned())
 
     # Counting. A count takes a pass over the weights, so each step counts some layers only, in turn, and they are reduced
     # with the next step's all-reduce.

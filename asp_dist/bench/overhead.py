@@ -1,0 +1,195 @@
+"""`asp-dist bench overhead`: what pruning costs per step, in steps that alternate so that a busy machine hits them alike."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import IO, Any
+
+import timm
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
+
+import asp_dist.models  # noqa: F401  (registers the paper's networks)
+from asp_dist.bench.published import PublishedLoss
+from asp_dist.pruning import Budget, Pruner
+
+LR = 1e-3  # Small: the steps are timed, not learned from.
+OPTIONS: dict[str, Any] = {"lr": LR, "momentum": 0.9, "weight_decay": 1e-4, "foreach": True}
+
+
+class _Clock:
+    """Wall-clock seconds; on a GPU after all that was launched has ended."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def __call__(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+class _HookTimes:
+    """Times the hooks that are registered on an optimizer between two calls of `mark`, and the step between them."""
+
+    def __init__(self, optimizer: Optimizer, clock: _Clock) -> None:
+        self.optimizer, self.clock = optimizer, clock
+        self.stamps: list[float] = []
+        self.hooks: list[float] = []
+        self.steps: list[float] = []
+
+    def mark(self) -> None:
+        self.optimizer.register_step_pre_hook(self._stamp)
+        self.optimizer.register_step_post_hook(self._stamp)
+
+    def _stamp(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self.stamps.append(self.clock())
+        if len(self.stamps) == 4:  # before and after the pre-hooks, before and after the post-hooks
+            a, b, c, d = self.stamps
+            self.hooks.append((b - a) + (d - c))
+            self.steps.append(c - b)
+            self.stamps.clear()
+
+
+def _step(
+    model: nn.Module, optimizer: Optimizer, images: Tensor, labels: Tensor, extra: Callable[[], Tensor] | None
+) -> None:
+    optimizer.zero_grad()
+    loss = nn.functional.cross_entropy(model(images), labels)
+    if extra is not None:
+        loss = loss + extra()
+    loss.backward()
+    optimizer.step()
+
+
+def _copy_bandwidth(weights: list[Tensor], clock: _Clock, repeats: int) -> float:
+    """Bytes per second that are read and written when the weights are copied: the best of `repeats`."""
+    targets = [torch.empty_like(weight) for weight in weights]
+    best = float("inf")
+    for _ in range(repeats):
+        start = clock()
+        for target, weight in zip(targets, weights):
+            target.copy_(weight)
+        best = min(best, clock() - start)
+    return 2 * sum(weight.nbytes for weight in weights) / best
+
+
+def bench_overhead(
+    model: str = "resnet50",
+    *,
+    batch_size: int = 8,
+    input_size: int = 224,
+    steps: int = 10,
+    warmup: int = 2,
+    sparsity: float = 0.9,
+    control: Any = "loss",
+    wrapper: bool = True,
+    device: str = "cpu",
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Time dense training, training with the engine, and with a parametrization-style wrapper, one step of each in turn.
+
+    Args:
+        model: a timm name.
+        batch_size: images per step.
+        input_size: image side, pixels.
+        steps: timed rounds; each is one step of each form.
+        warmup: rounds before.
+        sparsity: the budget.
+        control: the engine's control.
+        wrapper: also time the published form, which prunes in each forward pass.
+        device: where.
+        seed: of the weights and images, which are noise.
+
+    Returns:
+        Medians in seconds (``dense``, ``engine``, ``wrapper``), the medians of the rounds' ratios to the dense step, the
+        engine's own time per step (``own``), the optimizer's (``optimizer``) and the ratio of the two, the copy bandwidth in
+        bytes per second, and ``passes``: how often the engine's own time would read the prunable weights once at it.
+    """
+    torch.manual_seed(seed)
+    place = torch.device(device)
+    clock = _Clock(place)
+    dense = timm.create_model(model).to(place).train()
+    images = torch.randn(batch_size, 3, input_size, input_size, device=place)
+    labels = torch.randint(0, dense.get_classifier().out_features, (batch_size,), device=place)
+    pruned, wrapped = copy.deepcopy(dense), copy.deepcopy(dense)
+    threshold = float(torch.special.erfinv(torch.tensor(sparsity)) * 2**0.5)
+
+    optimizer = SGD(pruned.parameters(), **OPTIONS)
+    times = _HookTimes(optimizer, clock)
+    times.mark()
+    pruner = Pruner(
+        pruned, optimizer, Budget.parameters(sparsity=sparsity), control=control, initial_threshold=threshold
+    )
+    times.mark()
+    forms: dict[str, tuple[nn.Module, Optimizer, Callable[[], Tensor] | None]] = {
+        "dense": (dense, SGD(dense.parameters(), **OPTIONS), None),
+        "engine": (pruned, optimizer, None),
+    }
+    if wrapper:
+        published = PublishedLoss(wrapped, 1.0 - sparsity, 10.0, threshold)
+        forms["wrapper"] = (wrapped, SGD(published.parameter_groups(wrapped, LR), **OPTIONS), published)
+    seconds: dict[str, list[float]] = {name: [] for name in forms}
+    for index in range(warmup + steps):
+        order = list(forms) if index % 2 else list(forms)[::-1]
+        for name in order:
+            start = clock()
+            _step(*forms[name][:2], images, labels, forms[name][2])
+            seconds[name].append(clock() - start)
+    seconds = {name: values[warmup:] for name, values in seconds.items()}
+    weights = [info.parameter.detach() for info in pruner.pruned_weights]
+    size = sum(weight.nbytes for weight in weights)
+    bandwidth = _copy_bandwidth(weights, clock, steps)
+    own, optimizer_time = median(times.hooks[warmup:]), median(times.steps[warmup:])
+    return {
+        "model": model,
+        "batch_size": batch_size,
+        "input_size": input_size,
+        "steps": steps,
+        "control": control,
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "prunable_weights": sum(weight.numel() for weight in weights),
+        "seconds": {name: median(values) for name, values in seconds.items()},
+        "ratios": {
+            name: median(a / b for a, b in zip(values, seconds["dense"]))
+            for name, values in seconds.items()
+            if name != "dense"
+        },
+        "own": own,
+        "optimizer": optimizer_time,
+        "own_over_optimizer": own / optimizer_time,
+        "own_over_dense": own / median(seconds["dense"]),
+        "copy_bandwidth": bandwidth,
+        "passes": own * bandwidth / size,
+        "extra_bytes": sum(shard.dense.nbytes for shard in pruner.shards),
+    }
+
+
+def print_overhead(result: dict[str, Any], file: IO[str] | None = None) -> None:
+    """Print what `bench_overhead` returned as a table and two sentences."""
+    console = Console(file=file, highlight=False, soft_wrap=True)
+    table = Table(
+        title=f"{result['model']} at {result['input_size']}², batch {result['batch_size']}, {result['device']}, "
+        f"{result['threads']} threads, medians of {result['steps']} alternating steps"
+    )
+    for heading in ("training", "ms per step", "over dense"):
+        table.add_column(heading, justify="left" if heading == "training" else "right")
+    labels = {"dense": "dense", "engine": f"engine ({result['control']})", "wrapper": "parametrization wrapper"}
+    for name, value in result["seconds"].items():
+        table.add_row(labels[name], f"{value * 1e3:.1f}", f"{result['ratios'].get(name, 1.0):.3f}")
+    console.print(table)
+    console.print(
+        f"The engine's own time: {result['own'] * 1e3:.1f} ms per step, {result['own_over_optimizer']:.2f} × the foreach SGD "
+        f"step ({result['optimizer'] * 1e3:.1f} ms), {result['own_over_dense']:.1%} of a dense step."
+    )
+    console.print(
+        f"At the copy bandwidth of {result['copy_bandwidth'] / 1e9:.1f} GB/s that is {result['passes']:.1f} passes over the "
+        f"{result['prunable_weights']:,} prunable weights, of which it keeps one copy ({result['extra_bytes'] / 1e6:.0f} MB)."
+    )
