@@ -14,11 +14,12 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from asp_dist.cluster import jobs
+from asp_dist.cluster import jobs, keys
 from asp_dist.config import Config, DataConfig, ModelConfig, UserError, from_dict
 
 ROOT = Path(__file__).parents[1]
@@ -118,6 +119,28 @@ def test_a_job_runs_to_its_end_and_its_log_is_followed(head: tuple[jobs.Cluster,
     logs = [path for path in state.rglob("*") if path.is_file() and not path.is_symlink()]
     assert logs
     assert [str(path) for path in logs if KEY.encode() in path.read_bytes()] == []
+    assert KEY not in str(cluster.connect().list_jobs())
+
+
+def test_keys_are_taken_out_of_the_heads_memory_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = {}
+
+    class Client:
+        def _do_request(self, verb: str, path: str, data: bytes) -> Any:
+            memory["gcs://" + path.removeprefix("/api/packages/gcs/")] = data
+            return SimpleNamespace(raise_for_status=lambda: None)
+
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    place = keys.deposit(Client())
+    assert KEY not in str(place)
+    monkeypatch.setattr(keys, "_internal_kv_get", memory.get)
+    monkeypatch.setattr(keys, "_internal_kv_del", memory.pop)
+    monkeypatch.delenv("WANDB_API_KEY")
+    monkeypatch.setenv(*next(iter(place.items())))
+    keys.collect()
+    assert keys.here() == {"WANDB_API_KEY": KEY}
+    assert (memory, os.environ.get(keys.PLACE)) == ({}, None)
 
 
 @pytest.mark.slow

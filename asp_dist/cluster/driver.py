@@ -17,6 +17,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import WorkerGroupError
 
+from asp_dist.cluster import keys
 from asp_dist.cluster.control import Control
 from asp_dist.cluster.failures import ClusterError, FailureLog, describe, event, fatal_error, one_line
 from asp_dist.cluster.resources import Resources, check_storage, plan_resources, this_machine
@@ -57,6 +58,7 @@ def run(config: Config, on_row: OnRow | None = None, *, train: TrainFunction | N
             plan_resources(config, [this_machine()], local=True)  # fails before anything starts
         with ray_session(config.cluster) as local:
             signals.install()  # ray.init has set a SIGTERM handler of its own
+            keys.collect()
             needed = plan_resources(config, ray.nodes(), local=local)
             control = Control.begin(run_dir(config))
             after_ray.callback(control.end)
@@ -90,7 +92,7 @@ class _Launch:
         self.control = control
         self.needed = needed
         self.on_row = on_row
-        self.job = Job(config, control, train)
+        self.job = Job(config, control, train, keys.here())
         self.log = str(control.run_dir / "logs")
         self.step = 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import logging
 import os
 import shutil
 import sys
@@ -19,10 +20,10 @@ import yaml
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 import asp_dist
+from asp_dist.cluster import keys
 from asp_dist.config import Config, UserError, check, to_dict
 
-# Handed from this process's environment to the job's, and written nowhere by this code.
-SECRETS = ("WANDB_API_KEY", "HF_TOKEN")
+# Handed from this process's environment to the job's. Keys go another way: see `asp_dist.cluster.keys`.
 PASSED_ON = ("WANDB_BASE_URL", "WANDB_ENTITY", "WANDB_PROJECT", "WANDB_MODE", "HF_HUB_OFFLINE", "NCCL_SOCKET_IFNAME")
 EXIT_FAILURE, EXIT_STOPPED = 1, 75
 POLL_S = 1.0
@@ -90,8 +91,10 @@ def submit(
     """
     out = out or sys.stdout
     client = cluster.connect()
+    logging.getLogger("ray.dashboard").setLevel(logging.WARNING)
+    logging.getLogger("ray._private.runtime_env").setLevel(logging.WARNING)
     job = f"{config.name}-{uuid.uuid4().hex[:8]}"
-    variables = {name: os.environ[name] for name in (*SECRETS, *PASSED_ON) if name in os.environ}
+    variables = {name: os.environ[name] for name in PASSED_ON if name in os.environ} | keys.deposit(client)
     with _package(on_cluster(config, root or Path.cwd())) as folder:
         client.submit_job(
             entrypoint="python -m asp_dist train job.yaml",

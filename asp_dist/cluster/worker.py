@@ -11,7 +11,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +41,13 @@ class Job:
         config: the run, with absolute paths.
         control: the launch's control files.
         train: the train function; None: the project's own trainer.
+        keys: the user's keys, as environment variables.
     """
 
     config: Config
     control: Control
     train: TrainFunction | None = None
+    keys: dict[str, str] = field(default_factory=dict, repr=False)
 
 
 class RayHooks(Hooks):
@@ -85,6 +87,7 @@ def work(job: Job) -> dict[str, Any]:
     fatal = job.control.fatal()
     if fatal is not None:  # a restarted group: the driver ends the run
         return {"fatal": fatal}
+    os.environ.update(job.keys)
     world = _world(job.config)
     with ExitStack() as stack:
         stack.enter_context(_log_file(job.control.run_dir, world.rank))
