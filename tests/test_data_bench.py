@@ -47,6 +47,7 @@ def test_the_summary_uses_medians_and_counts_cores(tmp_path: Path) -> None:
     assert result["cores_needed"] == 7  # 1,000 / (300 / 2), rounded up
 
 
+@pytest.mark.slow
 def test_a_small_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = prepare_digits(tmp_path / "d")
     result = bench_data(
