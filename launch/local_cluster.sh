@@ -24,7 +24,7 @@ start() {
     (umask 077 && printf '%s' "${RAY_AUTH_TOKEN:-$(head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \n')}" >"$STATE/token")
     unset RAY_AUTH_TOKEN
     export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$STATE/token
-    export RAY_USAGE_STATS_ENABLED=0
+    export RAY_USAGE_STATS_ENABLED=0 RAY_worker_niceness=0
     # A job that is stopped has this long to finish its step and save a checkpoint.
     export RAY_JOB_STOP_WAIT_TIME_S=${RAY_JOB_STOP_WAIT_TIME_S:-60}
     local common=(--object-store-memory 134217728 --disable-usage-stats)

@@ -31,11 +31,12 @@ cpus=${SLURM_CPUS_PER_TASK:-1}
 gpus=${SLURM_GPUS_ON_NODE:-0}
 workers=$((count * (gpus > 0 ? gpus : 1)))
 
-# The token lies where only the user can read it, and goes with the job.
-umask 077
-secret=$(mktemp "$PWD/.asp-dist-token-XXXXXX")
-head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \n' >"$secret"
-export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$secret RAY_USAGE_STATS_ENABLED=0
+# The token lies where only the user can read it, and goes with the job; the nodes' Ray logs lie beside it.
+logs=$PWD/runs/slurm-$SLURM_JOB_ID
+secret=$logs/token
+mkdir -p "$logs"
+(umask 077 && head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \n' >"$secret")
+export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$secret RAY_USAGE_STATS_ENABLED=0 RAY_worker_niceness=0
 
 steps=()
 # shellcheck disable=SC2329  # the trap calls it
@@ -43,29 +44,41 @@ finish() {
     local step
     for step in "${steps[@]}"; do kill "$step" 2>/dev/null || true; done
     wait || true
-    rm -f "$secret"
+    rm -rf "$secret" "/tmp/asp-dist-$SLURM_JOB_ID"
 }
 trap finish EXIT
 
 ray_node() {
     srun --nodes=1 --ntasks=1 --overlap --export=ALL --nodelist="$1" \
         ray start "${@:2}" --num-cpus "$cpus" --num-gpus "$gpus" --object-store-memory 134217728 \
-        --temp-dir "/tmp/asp-dist-$SLURM_JOB_ID" --disable-usage-stats --block &
+        --disable-usage-stats --block >"$logs/$1.log" 2>&1 &
     steps+=("$!")
 }
 
-ray_node "$head" --head --node-ip-address "$address" --port "$port" --dashboard-port 0
-for ((try = 0; try < 60; try++)); do
-    ray health-check --address "$address:$port" >/dev/null 2>&1 && break
-    sleep 1
-done
+ray_node "$head" --head --temp-dir "/tmp/asp-dist-$SLURM_JOB_ID" --node-ip-address "$address" --port "$port" --dashboard-port 0
 for node in $(tail -n +2 <<<"$nodes"); do
-    ray_node "$node" --address "$address:$port"
+    ray_node "$node" --address "$address:$port" # tries until the head answers
 done
-for ((try = 0; try < 120; try++)); do
-    (($(ray list nodes --address "$address:$port" --filter state=ALIVE --format json 2>/dev/null | grep -c node_id) >= count)) && break
-    sleep 1
-done
+
+# Wait until all nodes have joined: the run refuses a cluster that is too small.
+python - "$address" "$port" "$count" <<'EOF'
+import socket, sys, time
+import ray
+address, port, count = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+deadline = time.monotonic() + 300
+while not ray.is_initialized():
+    try:
+        socket.create_connection((address, port), timeout=5).close()
+        ray.init(f"{address}:{port}", log_to_driver=False, logging_level="ERROR")
+    except OSError as error:
+        if time.monotonic() > deadline:
+            sys.exit(f"error: the Ray head at {address}:{port} does not answer: {error}")
+        time.sleep(1)
+while (joined := sum(node["Alive"] for node in ray.nodes())) < count:
+    if time.monotonic() > deadline:
+        sys.exit(f"error: of {count} nodes, {joined} joined the Ray cluster within 300 s")
+    time.sleep(1)
+EOF
 
 # The run itself, on the head's node. `wait` returns early at SIGTERM, which the trap passes on.
 srun --nodes=1 --ntasks=1 --overlap --export=ALL --nodelist="$head" \

@@ -15,6 +15,7 @@ import ray
 from ray.exceptions import RayActorError, RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2.api.exceptions import WorkerGroupError
 
 from asp_dist.cluster import keys
@@ -68,9 +69,15 @@ def run(config: Config, on_row: OnRow | None = None, *, train: TrainFunction | N
 
 
 class ClusterTrainer(TorchTrainer):
-    """Ray Train's trainer, which leaves SIGINT to this project and can be ended from another thread."""
+    """Ray Train's trainer, which leaves SIGINT to this project and can be ended from another thread.
+
+    It also leaves Ray Data out, which would cost an actor and a heavy import in each worker.
+    """
 
     _controller: Any = None
+
+    def _create_default_callbacks(self) -> list[Any]:
+        return [c for c in super()._create_default_callbacks() if not isinstance(c, DatasetsCallback)]
 
     def _register_sigint_handler(self, controller: Any) -> None:
         self._controller = controller

@@ -28,6 +28,7 @@ ENVIRONMENT = {
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # leave CUDA_VISIBLE_DEVICES alone in workers without a GPU
     "RAY_DEDUP_LOGS": "0",
+    "RAY_worker_niceness": "0",  # the workers are what the machine is for; Ray starts them at 15
 }
 OBJECT_STORE_BYTES = 128 << 20  # no training data passes through Ray
 EXIT_WAIT_S = 15.0
