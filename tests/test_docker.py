@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from dockerfile_steps import SKIPPED, instructions
 
 ROOT = Path(__file__).parents[1]
 DOCKER = ROOT / "docker"
@@ -56,3 +57,11 @@ def test_compose_has_a_head_two_workers_and_an_optional_wandb() -> None:
     assert services["head"]["volumes"] == services["worker"]["volumes"]
     for name in ("head", "wandb"):
         assert all(port.startswith("127.0.0.1:") for port in services[name]["ports"])
+
+
+@pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
+def test_every_step_can_be_run_outside_of_docker(path: Path) -> None:
+    steps = instructions(path.read_text())
+    assert [name for name, _ in steps].count("RUN") == 4
+    assert {name for name, _ in steps} <= {*SKIPPED, "SHELL", "RUN", "WORKDIR", "COPY", "USER", "ENV"}
+    assert all("\\\n" not in rest and rest for _, rest in steps)
