@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from jsonargparse import ArgumentParser
 
-from asp_dist.commands import data, plan, runs, train
+from asp_dist.commands import bench, data, plan, runs, train
 
 
 @dataclass(frozen=True)
@@ -40,4 +40,6 @@ COMMANDS: dict[str, Command] = {
     "compare": Command("Print the results of several runs.", runs.add_compare_arguments, runs.compare),
     "dashboard": Command("Create a project's wandb dashboard.", runs.add_dashboard_arguments, runs.dashboard),
     "prepare": Command("Write a data set in the form that training reads.", data.add_prepare_arguments, data.prepare),
+    "verify": Command("Find a data set's bad files.", data.add_verify_arguments, data.verify),
+    "bench": Command("Measure the engine's overhead, or the loaders.", bench.add_bench_arguments, bench.bench),
 }
