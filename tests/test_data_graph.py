@@ -54,7 +54,9 @@ def train_batch(reader: Reader, augment: AugmentConfig, seed: int = 1, **spec: A
     return run(train_pipeline(reader, wanted, augment, "cpu", batch_size=16, num_threads=1, device_id=None, seed=seed))
 
 
-@pytest.mark.parametrize(("policy", "interpolation"), zip(POLICIES, ["nearest", "bilinear", "bicubic", "lanczos"]))
+@pytest.mark.parametrize(
+    ("policy", "interpolation"), list(zip(POLICIES, ["nearest", "bilinear", "bicubic", "lanczos"]))
+)
 def test_gpu_graphs_serialize_without_a_gpu(reader: Reader, policy: Any, interpolation: str) -> None:
     spec = ImageSpec(interpolation=interpolation)
     augment = dataclasses.replace(EVERYTHING, policy=policy)

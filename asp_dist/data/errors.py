@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -16,7 +17,7 @@ class DataError(UserError):
 
 
 def diagnose(encoded: bytes) -> str | None:
-    """Why `encoded` is no image that the loaders decode, or None if it is one."""
+    """Why PIL does not decode `encoded`, or None if it does."""
     from PIL import Image, UnidentifiedImageError
 
     if not encoded:
@@ -28,7 +29,7 @@ def diagnose(encoded: bytes) -> str | None:
         return "no image format that is known"
     except Exception as error:  # PIL raises OSError, SyntaxError, ValueError and more for broken files
         return f"{error}"
-    return dali_diagnose(encoded)
+    return None
 
 
 def dali_diagnose(encoded: bytes) -> str | None:
@@ -43,16 +44,30 @@ def dali_diagnose(encoded: bytes) -> str | None:
     return None
 
 
-def find_bad(samples: Samples, indices: Iterable[int]) -> list[tuple[int, str]]:
-    """The samples among `indices` that do not read or decode: (index, reason)."""
-    bad = []
-    for index in indices:
+def find_bad(
+    samples: Samples, indices: Iterable[int], look: Callable[[bytes], str | None] = diagnose
+) -> list[tuple[int, str]]:
+    """The samples among `indices` that do not read, or that `look` complains about: (index, reason)."""
+
+    def reason(index: int) -> str | None:
         try:
-            reason = diagnose(samples.read(index))
+            return look(samples.read(index))
         except OSError as error:
-            reason = error.strerror or str(error)
-        if reason is not None:
-            bad.append((index, reason))
+            return error.strerror or str(error)
+
+    wanted = list(indices)
+    with ThreadPoolExecutor(4) as pool:
+        return [(index, found) for index, found in zip(wanted, pool.map(reason, wanted)) if found is not None]
+
+
+def _culprits(message: str, samples: Samples, indices: list[int]) -> list[tuple[int, str]]:
+    """The bad files: those that DALI's message names, else the first found among the batches under way."""
+    named = [i for i in indices if samples.shard is None and samples.names[i] in message]
+    bad = find_bad(samples, named)
+    chunks = [indices[i : i + 64] for i in range(0, len(indices), 64)]
+    for look in (diagnose, dali_diagnose):
+        for chunk in chunks:
+            bad = bad or find_bad(samples, chunk, look)
     return bad
 
 
@@ -64,7 +79,7 @@ def decode_error(error: Exception, samples: Samples, indices: Iterable[int], *, 
         indices: samples of the batches that were under way.
         where: rank, epoch and step, for the message.
     """
-    bad = find_bad(samples, dict.fromkeys(int(i) for i in indices))
+    bad = _culprits(str(error), samples, list(dict.fromkeys(int(i) for i in indices)))
     if not bad:
         first = next((line for line in str(error).splitlines() if "rror" not in line and line.strip()), str(error))
         return DataError(f"{where}: the data pipeline failed, and every file of the batch decodes by itself: {first}")
