@@ -34,10 +34,11 @@ def measure(model: str, side: int, batch: int, stretches: int) -> None:
         run = build_run(config, World(), Hooks(), build_keeper(config, "x"), "x")
         batches = run.loaders.train.start(0)
         seconds: dict[bool, list[float]] = {False: [], True: []}
+        processor: dict[bool, list[float]] = {False: [], True: []}
         blocked = []
         for stretch in range(-1, 2 * stretches):  # the first warms up, with a save
             saving = stretch % 2 == 1 or stretch < 0
-            start = time.perf_counter()
+            start, used = time.perf_counter(), time.process_time()
             for step in range(STEPS):
                 train_step(run, batches)
                 run.step += 1
@@ -48,11 +49,13 @@ def measure(model: str, side: int, batch: int, stretches: int) -> None:
             run.keeper.wait()
             if stretch >= 0:
                 seconds[saving].append(time.perf_counter() - start)
+                processor[saving].append(time.process_time() - used)
         plain, saved = (sum(seconds[kind]) / stretches for kind in (False, True))
+        work, more = (sum(processor[kind]) / stretches for kind in (False, True))
         bytes_ = sum(p.stat().st_size for p in (run.folder / "checkpoints" / run.keeper.store.names()[-1]).iterdir())
         print(
             f"{model} at {side}, batch {batch}: {plain / STEPS:.4f} s per step, checkpoint of {bytes_ / 1e6:.0f} MB; "
-            f"{STEPS} steps {plain:.2f} s without and {saved:.2f} s with one: {saved / plain - 1:+.2%}; the step waits "
+            f"{STEPS} steps {plain:.2f} s without and {saved:.2f} s with one: {saved / plain - 1:+.2%} (processor time {more / work - 1:+.2%}); the step waits "
             f"{1000 * sum(blocked[1:]) / stretches:.0f} ms for the copy ({sum(blocked[1:]) / stretches / plain:.2%})"
         )
         run.loaders.close()

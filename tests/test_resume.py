@@ -63,17 +63,26 @@ def assert_same_run(one: Path, two: Path) -> None:
     assert curve(one) == curve(two)
 
 
-@pytest.mark.parametrize("step", [5, 11, 22])
-def test_stopped_and_started_again_is_bit_for_bit_the_same(tmp_path: Path, digits: Path, step: int) -> None:
-    """Stopped in the middle of epoch 1 (a), at the very end of an epoch (b: 11 steps each) and (c) of another."""
-    whole = digits_config(tmp_path, digits, "whole")
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Path:
+    """The folder of an uninterrupted run."""
+    torch.set_num_threads(1)
+    config = digits_config(tmp_path_factory.mktemp("whole"), digits)
+    train(config, World())
+    return run_dir(config)
+
+
+@pytest.mark.parametrize(("polls", "step"), [(5, 5), (11, 11), (13, 11), (16, 11), (25, 19)])
+def test_stopped_and_started_again_is_bit_for_bit_the_same(
+    tmp_path: Path, digits: Path, whole: Path, polls: int, step: int
+) -> None:
+    """Stopped in an epoch of 11 steps, behind its last step, in the validation of the model, of its average, and later."""
     parts = digits_config(tmp_path, digits, "parts")
-    train(whole, World())
-    with pytest.raises(Stopped, match=f"after step {step}"):
-        train(parts, World(), StopAt(step))
+    with pytest.raises(Stopped, match=f"after step {step};"):
+        train(parts, World(), StopAt(polls))
     torch.manual_seed(99)  # what happens between does not matter
     train(parts, World())
-    assert_same_run(run_dir(whole), run_dir(parts))
+    assert_same_run(whole, run_dir(parts))
 
 
 def test_many_stops(tmp_path: Path, digits: Path) -> None:
@@ -104,9 +113,8 @@ def test_a_second_interrupt_does_not_wait() -> None:
             signal.raise_signal(signal.SIGINT)
 
 
-def test_a_torn_checkpoint_costs_the_steps_since_the_one_before(tmp_path: Path, digits: Path) -> None:
-    whole, parts = (digits_config(tmp_path, digits, name, output__checkpoint_steps=4) for name in ("whole", "parts"))
-    train(whole, World())
+def test_a_torn_checkpoint_costs_the_steps_since_the_one_before(tmp_path: Path, digits: Path, whole: Path) -> None:
+    parts = digits_config(tmp_path, digits, "parts", output__checkpoint_steps=4)
     with pytest.raises(Stopped):
         train(parts, World(), StopAt(10))
     file = run_dir(parts) / "checkpoints" / "step-00000010" / "pruner.safetensors"
@@ -115,7 +123,7 @@ def test_a_torn_checkpoint_costs_the_steps_since_the_one_before(tmp_path: Path, 
     messages = [str(r["message"]) for r in read_rows(run_dir(parts) / "metrics.jsonl") if r["kind"] == "event"]
     assert any("step-00000010/pruner.safetensors" in m and "cut short" in m for m in messages)
     assert any(m.startswith("resumed from step-00000008") for m in messages)
-    assert_same_run(run_dir(whole), run_dir(parts))
+    assert_same_run(whole, run_dir(parts))
 
 
 def test_only_torn_checkpoints_are_an_error(tmp_path: Path) -> None:

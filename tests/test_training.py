@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from asp_dist.training import BadNumbers, Hooks, Stopped, World, preflight, run_
 from asp_dist.training import trainer as trainer_module
 from asp_dist.training.build import build_ema, build_optimizer, build_scaler, build_scheduler
 from asp_dist.training.evaluation import evaluate_model
+from asp_dist.training.results import validate
 from asp_dist.training.run import Run, build_run
 from asp_dist.training.rundir import load_config, with_absolute_paths
 
@@ -302,6 +306,27 @@ def test_float16_overflow_lowers_the_scale_and_is_no_bad_step(tmp_path: Path, mo
     assert run.scaler.get_scale() == scale / 2 and run.bad_steps == 0 and run.skipped == 0
 
 
+def test_weights_that_grow_back_behind_a_frozen_mask_end_the_run(tmp_path: Path) -> None:
+    run = make_run(small_config(tmp_path))
+    assert run.pruner is not None
+    run.pruner.finalize()
+    validate(run)
+    with torch.no_grad():
+        run.model.get_parameter("layer1.0.conv1.weight").fill_(0.5)
+    with pytest.raises(BadNumbers, match=r"layer1\.0\.conv1: from 0\.\d+ to 0\.0"):
+        validate(run)
+
+
+def test_dead_layers_are_told(tmp_path: Path) -> None:
+    run = make_run(small_config(tmp_path))
+    told: list[str] = []
+    run.tracker.alert = lambda title, text: told.append(f"{title}: {text}")  # type: ignore[method-assign]
+    with torch.no_grad():
+        run.model.get_parameter("layer3.2.conv2.weight").zero_()
+    validate(run)
+    assert told == ["Dead layers: no weight is left in layer3.2.conv2; raise pruning.min_density"]
+
+
 # Stopping, and the folder.
 
 
@@ -336,6 +361,45 @@ def test_a_folder_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         train(small_config(tmp_path / "file"), World())
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 2.5 MB: a checkpoint of these runs takes 3.3 MB, a model file 1.1 MB."""
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2500k", "tmpfs", str(tmp_path)], capture_output=True)
+    if made.returncode:
+        pytest.skip("needs root, to mount a small tmpfs")
+    yield tmp_path
+    subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def fill_up(path: Path) -> None:
+    """Write to `path` until nothing fits on its disk."""
+    number = os.open(path, os.O_CREAT | os.O_WRONLY)
+    try:
+        while os.write(number, bytes(1 << 12)):
+            pass
+    except OSError:
+        os.close(number)
+
+
+def test_a_full_disk_costs_the_checkpoints_and_is_said(small_disk: Path) -> None:
+    config = small_config(small_disk)
+    assert train(config, World())["steps"] == 12
+    assert len([m for m in events(config, "warning") if "No space left on device" in m]) == 3
+    assert list((run_dir(config) / "checkpoints").iterdir()) == []
+    assert (run_dir(config) / "model.safetensors").stat().st_size > 10**6
+
+
+def test_a_disk_without_any_room_ends_the_run_cleanly(small_disk: Path) -> None:
+    config = small_config(small_disk)
+    with pytest.raises(Stopped, match=r"after step 2 \(its checkpoint failed: .*No space left.*\)"):
+        train(config, World(), StopAt(2))
+    fill_up(small_disk / "other")
+    with pytest.raises((OSError, UserError), match="No space left"):
+        train(config, World())
+    (small_disk / "other").unlink()
+    assert train(config, World())["steps"] == 12
 
 
 # Preflight.

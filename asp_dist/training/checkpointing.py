@@ -98,6 +98,16 @@ def save(run: Run, *, best: bool = False) -> None:
         run.keeper.save(manifest, state)
 
 
+def save_and_wait(run: Run) -> str:
+    """Save the run before it stops; returns on every rank what went wrong, or nothing. A collective."""
+    save(run)
+    run.keeper.wait()
+    events = run.keeper.events()
+    log_events(run, events)
+    failed = [event.message for event in events if event.kind == "warning"]
+    return run.world.share(f"its checkpoint failed: {failed[-1]}" if failed else "")
+
+
 def resume(run: Run) -> list[Event]:
     """Set `run` to its latest sound checkpoint, if there is one; returns what is to be logged. A collective.
 

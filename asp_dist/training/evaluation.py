@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,11 @@ from asp_dist.training.world import World
 
 @torch.inference_mode()
 def evaluate_model(
-    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], config: TrainingConfig, world: World
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    config: TrainingConfig,
+    world: World,
+    between: Callable[[], None] | None = None,
 ) -> dict[str, float]:
     """Mean loss, top-1 and top-5 accuracy of `model` over the batches of all ranks; a collective.
 
@@ -24,19 +28,23 @@ def evaluate_model(
         batches: this rank's images [B, 3, H, W] and targets [B]. As many batches on each rank, some may be empty.
         config: precision and memory order of the forward pass.
         world: the ranks.
+        between: called after every batch on the CPU and every twentieth on a GPU, equally often on each rank; may raise.
 
     Returns:
         ``val/loss`` (nats), ``val/top1`` and ``val/top5`` (fractions), ``val/samples``.
     """
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=world.device)  # loss, top-1, top-5, samples
-    for images, targets in batches:
+    every = 1 if world.device.type == "cpu" else 20
+    for index, (images, targets) in enumerate(batches):
         logits = _forward(model, images, config, world)
         ranks = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
         sums[0] += F.cross_entropy(logits, targets, reduction="sum")
         sums[1] += ranks[:, 0].sum()
         sums[2] += ranks.sum()
         sums[3] += len(targets)
+        if between is not None and (index + 1) % every == 0:
+            between()
     loss, top1, top5, samples = world.sum_(sums).tolist()
     count = max(samples, 1.0)
     return {"val/loss": loss / count, "val/top1": top1 / count, "val/top5": top5 / count, "val/samples": int(samples)}

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+
+from asp_dist.training.hooks import Stopped
 
 if TYPE_CHECKING:
     from asp_dist.training.run import Run
@@ -44,13 +46,50 @@ def agree(run: Run, loss: Tensor, norm: Tensor, *, checkpoint_due: bool) -> Orde
         norm: the gradients' norm, after averaging over ranks.
         checkpoint_due: whether this rank's clock asks for a checkpoint.
     """
-    reason = run.hooks.stop_requested()
-    code = 0 if reason is None else 1 + (REASONS.index(reason) if reason in REASONS else 0)
+    code = _stop_code(run)
     bad = ~(norm.isfinite() & loss.isfinite())
-    flags = torch.stack([bad.float(), loss.new_tensor(float(code)), loss.new_tensor(float(checkpoint_due))])
+    flags = torch.stack([bad.float(), loss.new_tensor(code), loss.new_tensor(float(checkpoint_due))])
     values = torch.cat([run.world.max_(flags), norm.float().reshape(1)]).tolist()
     stop = REASONS[int(values[1]) - 1] if values[1] else None
     return Orders(bad=bool(values[0]), stop=stop, save=bool(values[2]), norm=values[3])
+
+
+def raise_if_stopped(run: Run) -> None:
+    """Raise `Stopped` on every rank once one of them is asked to stop; a collective, for between the steps."""
+    code = torch.tensor(_stop_code(run), device=run.world.device)
+    number = int(run.world.max_(code))
+    if number:
+        raise Stopped(REASONS[number - 1], run.step)
+
+
+def _stop_code(run: Run) -> float:
+    reason = run.hooks.stop_requested()
+    return 0.0 if reason is None else 1.0 + (REASONS.index(reason) if reason in REASONS else 0)
+
+
+def check_layers(run: Run, rows: list[dict[str, Any]]) -> None:
+    """Look at the layers' rows of a validation.
+
+    A layer without any weight left cuts the network: its user is told. Once the mask is frozen, no layer's sparsity may
+    fall: something writes pruned weights behind the pruner's back, and the budget no longer holds.
+
+    Raises:
+        BadNumbers: a frozen layer has more weights than before; names it.
+    """
+    pruned = {row["name"]: float(row["measured_sparsity"]) for row in rows if row["pruned"]}
+    dead = [name for name, sparsity in pruned.items() if sparsity >= 1.0]
+    if dead:
+        run.tracker.alert("Dead layers", f"no weight is left in {_few(dead)}; raise pruning.min_density")
+    if run.pruner is None or not run.pruner.frozen:
+        return
+    regrown = [name for name, sparsity in pruned.items() if sparsity < run.frozen_sparsity.get(name, 0.0) - 1e-12]
+    if regrown:
+        name = regrown[0]
+        raise BadNumbers(
+            f"the mask is frozen, but after step {run.step} the sparsity of {_few(regrown)} has fallen ({name}: from "
+            f"{run.frozen_sparsity[name]:.6f} to {pruned[name]:.6f}): something writes weights that are pruned"
+        )
+    run.frozen_sparsity = pruned
 
 
 def skip_step(run: Run, loss: Tensor) -> None:

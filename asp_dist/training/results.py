@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 
 from asp_dist.config import config_hash
 from asp_dist.export.safetensors_file import save_safetensors
-from asp_dist.training import sharding
+from asp_dist.training import health, sharding
 from asp_dist.training.evaluation import evaluate_model
 from asp_dist.training.layer_accuracy import add_to_rows, layer_accuracy, pick_subset
 from asp_dist.training.run import Run
@@ -25,19 +26,28 @@ def validate(run: Run) -> bool:
     Returns:
         Whether this is the best validation at the budget so far. Before the budget holds, none is: a better accuracy
         at a lower sparsity is not a better model.
+
+    Raises:
+        Stopped: a rank was asked to stop meanwhile; nothing is logged.
+        BadNumbers: see `health.check_layers`.
     """
-    run.world.broadcast_(run.buffers.tensors)  # DDP trains with rank 0's batch norm statistics
-    run.results = evaluate_model(run.model, run.loaders.val, run.config.training, run.world)
+    world = run.world
+    world.broadcast_(run.buffers.tensors)  # DDP trains with rank 0's batch norm statistics
+    training = run.config.training
+    between = partial(health.raise_if_stopped, run)
+    results: dict[str, Any] = evaluate_model(run.model, run.loaders.val, training, world, between)
     if run.ema is not None:
-        run.world.broadcast_(list(run.ema.module.buffers()))
-        average = evaluate_model(averaged_model(run), run.loaders.val, run.config.training, run.world)
-        run.results.update({name.replace("val/", "val/ema_"): value for name, value in average.items()})
+        world.broadcast_(list(run.ema.module.buffers()))
+        average = evaluate_model(averaged_model(run), run.loaders.val, training, world, between)
+        results.update({name.replace("val/", "val/ema_"): value for name, value in average.items()})
+    run.results = results
     numbers = run.pruner.metrics() if run.pruner is not None else {}
     rows = run.pruner.rows() if run.pruner is not None else []
     if run.pruner is not None:
         if layer_accuracy_due(run):
             add_to_rows(rows, measure_layers(run))
         run.tracker.log_layers(run.step, rows)
+        health.check_layers(run, rows)
     run.tracker.log(run.step, {"kind": "eval", "epoch": run.step / run.steps_per_epoch, **run.results, **numbers})
     score = max(run.results["val/top1"], run.results.get("val/ema_top1", 0.0))
     at_budget = run.pruner is None or run.pruner.frozen
@@ -77,6 +87,7 @@ def finish_run(run: Run) -> dict[str, Any]:
 
     With an average of the weights, the file holds whichever of the two was better in the last validation.
     """
+    run.keeper.wait()  # two writers at once might fill the disk where one does not
     results = run.results
     use_average = run.ema is not None and results["val/ema_top1"] >= results["val/top1"]
     prefix = "val/ema_" if use_average else "val/"

@@ -44,6 +44,7 @@ class Run:
         skipped: skipped steps in all.
         best: the best validation at the budget: ``{"step": ..., "val/top1": ...}``.
         results: the latest validation.
+        frozen_sparsity: each layer's sparsity in the latest validation with a frozen mask.
         layer_subset: validation batches on which single layers are judged.
     """
 
@@ -73,6 +74,7 @@ class Run:
     skipped: int = 0
     best: dict[str, Any] | None = None
     results: dict[str, Any] = field(default_factory=dict)
+    frozen_sparsity: dict[str, float] = field(default_factory=dict)
     layer_subset: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
 
     @property

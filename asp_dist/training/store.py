@@ -70,10 +70,13 @@ class LocalStore:
 
     def commit(self, name: str) -> None:
         sync_directory(self._aside(name))
+        replaced = self._aside(f"replaced-{name}")
         if (self.root / name).exists():
-            self.remove(name)
+            shutil.rmtree(replaced, ignore_errors=True)
+            os.rename(self.root / name, replaced)
         os.rename(self._aside(name), self.root / name)
         sync_directory(self.root)
+        shutil.rmtree(replaced, ignore_errors=True)
 
     def abort(self, name: str) -> None:
         shutil.rmtree(self._aside(name), ignore_errors=True)

@@ -59,9 +59,13 @@ def train(config: Config, world: World, hooks: Hooks | None = None) -> dict[str,
         events = checkpointing.resume(run)
         run.tracker = build_tracker(config, run.folder, rank=world.rank, resume_step=run.step)
         checkpointing.log_events(run, events)
-        for epoch in range(run.closed_epochs, run.epochs):
-            train_epoch(run, epoch)
-            close_epoch(run, epoch)
+        try:
+            for epoch in range(run.closed_epochs, run.epochs):
+                train_epoch(run, epoch)
+                close_epoch(run, epoch)
+        except Stopped as stopped:
+            problem = checkpointing.save_and_wait(run)
+            raise Stopped(stopped.reason, stopped.step, problem) from None
         summary = finish_run(run)
         code = 0
         return summary
@@ -89,8 +93,6 @@ def train_epoch(run: Run, epoch: int) -> None:
         if run.step % config.training.log_every == 0 or run.step == run.end_of(epoch):
             log_step(run)
         if orders.stop:
-            checkpointing.save(run)
-            run.keeper.wait()
             raise Stopped(orders.stop, run.step)
         if orders.save and run.step < run.end_of(epoch):
             checkpointing.save(run)
