@@ -69,14 +69,14 @@ def start(config: Path, *options: str) -> subprocess.Popen[str]:
 
 
 def finish(run: subprocess.Popen[str], code: int = 0) -> str:
-    output, _ = run.communicate(timeout=300)
+    output, _ = run.communicate(timeout=500)
     assert run.returncode == code, output
     return output
 
 
 def wait_for_step(run: subprocess.Popen[str], folder: Path, step: int) -> None:
     """Until the run's log has reached `step`."""
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 400
     while time.monotonic() < deadline:
         assert run.poll() is None, run.communicate()[0]
         path = folder / "run" / "metrics.jsonl"
