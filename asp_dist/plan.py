@@ -12,14 +12,14 @@ import torch
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
-from asp_dist.config import Config, UserError, check
+from asp_dist.config import Config, UserError
 from asp_dist.data import DataInfo, inspect_data
 from asp_dist.data.images import build_spec
 from asp_dist.models import build_model
 from asp_dist.plan_time import BUCKET, Network, StepTime, measure_step, scale
 from asp_dist.pruning import Pruner
 from asp_dist.training import build
-from asp_dist.training.preflight import planned_world_size
+from asp_dist.training.preflight import check_batch, planned_world_size
 from asp_dist.training.pruner import build_pruner
 from asp_dist.training.run import count_steps
 from asp_dist.training.world import World
@@ -65,7 +65,7 @@ def make_plan(config: Config, *, measure_s: float = 8.0, network: Network | None
         network: the cluster; None: the defaults of `Network`.
 
     Raises:
-        UserError: unknown model, or a budget that it cannot meet.
+        UserError: unknown model, a budget that it cannot meet, or a batch that does not divide among the workers.
     """
     network = network or Network()
     assumptions: list[str] = []
@@ -77,7 +77,7 @@ def make_plan(config: Config, *, measure_s: float = 8.0, network: Network | None
     optimizer = build.build_optimizer(config.optimizer, model)
     workers = planned_world_size(config)
     batch = config.data.batch_size
-    check(info.num_train >= batch, f"data.batch_size = {batch} is more than the {info.num_train} training images")
+    check_batch(config, workers, info)
     steps_per_epoch = info.num_train // batch
     steps = count_steps(config, steps_per_epoch)
     # The budget as it would be met at once; the run learns another allocation.
@@ -143,7 +143,8 @@ def _bytes(tensors: Iterator[Tensor]) -> float:
 def _memory(
     config: Config, model: nn.Module, optimizer: Any, pruner: Pruner | None, step: StepTime | None, images: int
 ) -> dict[str, float]:
-    """Bytes per worker with replicated weights; activations of a micro-batch of `images`."""
+    """Bytes per worker, of weights that are replicated or sharded; activations of a micro-batch of `images`."""
+    shards = planned_world_size(config) if config.training.parallel == "fsdp" else 1
     parameters = _bytes(iter(model.parameters()))
     state = (v for values in optimizer.state.values() for v in values.values() if isinstance(v, Tensor))
     memory = {
@@ -154,6 +155,7 @@ def _memory(
         "dense weights": float(sum(s.dense.numel() * s.dense.element_size() for s in pruner.shards)) if pruner else 0.0,
         "average": parameters if config.training.ema_decay is not None else 0.0,
     }
+    memory = {name: size if name == "buffers" else size / shards for name, size in memory.items()}
     if step is not None:
         memory["activations"] = step.activation_bytes * max(1, images)
     return {**memory, "all": sum(memory.values())}
@@ -175,7 +177,7 @@ def _traffic(config: Config, model: nn.Module, pruner: Pruner | None, workers: i
 def _explain(plan: Plan, network: Network) -> None:
     """Add what memory, traffic and times rest on."""
     say = plan.assumptions.append
-    say("memory: replicated weights; without the allocator's reserve and the libraries' work space")
+    say("memory: without the allocator's reserve and the libraries' work space")
     if plan.step is None:
         return
     say(

@@ -21,6 +21,7 @@ from asp_dist.config import (
     ModelConfig,
     PruningConfig,
     ScheduleConfig,
+    TrainingConfig,
     UserError,
 )
 from asp_dist.plan import Plan, make_plan
@@ -123,6 +124,21 @@ def test_a_budget_that_cannot_be_met_and_an_unknown_model_are_errors() -> None:
             config("resnet18", budget=BudgetConfig(sparsity=0.9999), pruning=PruningConfig(min_density=0.01)),
             measure_s=0,
         )
+
+
+def test_sharded_weights_take_a_share_of_the_memory(small: Plan) -> None:
+    data = DataConfig(backend="synthetic", batch_size=64, input_size=32, synthetic_samples=(640, 128))
+    made = Config(
+        model=ModelConfig(name="cifar_resnet20"),
+        data=data,
+        training=TrainingConfig(parallel="fsdp"),
+        cluster=ClusterConfig(num_workers=4),
+    )
+    sharded = make_plan(made, measure_s=0)
+    assert sharded.memory["parameters"] == small.memory["parameters"] / 4
+    assert sharded.memory["buffers"] == small.memory["buffers"]
+    with pytest.raises(UserError, match="does not divide among 4 workers"):
+        make_plan(dataclasses.replace(made, data=dataclasses.replace(data, batch_size=66)), measure_s=0)
 
 
 def test_network_model_by_hand() -> None:
