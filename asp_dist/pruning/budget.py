@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import Literal, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from asp_dist.pruning.layers import WeightInfo
 
 Cost = Literal["parameters", "macs", "bytes"]
 Bound = Literal["equal", "at_most"]
@@ -219,3 +221,26 @@ def check_floors(limits: Sequence[Limit], floors: Tensor, names: Sequence[str]) 
                 f"layer {names[worst]!r}: the budget allows {float(limit.allowed[worst]):,.0f} {limit.cost}, but the floor on "
                 f"its density (min_density) costs {float(least[worst]):,.0f}: lower min_density or raise the budget"
             )
+
+
+def network_costs(model: nn.Module, weights: Sequence[WeightInfo], macs: Sequence[float] | None) -> NetworkCosts:
+    """What `model` costs, of whose `weights` those without a reason against it are pruned.
+
+    Args:
+        model: the network.
+        weights: all its matrices of weights.
+        macs: multiply-adds per weight of each of them; None: not traced.
+    """
+    chosen = [info for info in weights if not info.reason]
+    pruned = {id(info.parameter) for info in chosen}
+    others = {id(p): p for p in model.parameters() if id(p) not in pruned}
+    buffers = {id(b): b for b in model.buffers()}
+    return NetworkCosts(
+        names=tuple(info.name for info in chosen),
+        numel=tuple(info.numel for info in chosen),
+        macs_per_weight=None if macs is None else tuple(m for m, info in zip(macs, weights) if not info.reason),
+        itemsize=tuple(info.parameter.element_size() for info in chosen),
+        other_parameters=sum(p.numel() for p in others.values()),
+        other_macs=sum(m * i.numel for m, i in zip(macs or [], weights) if i.reason),
+        other_bytes=sum(t.numel() * t.element_size() for t in [*others.values(), *buffers.values()]),
+    )

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -11,30 +10,22 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from asp_dist.pruning import projection
-from asp_dist.pruning.budget import Budget, NetworkCosts, check_floors
+from asp_dist.pruning import operators
+from asp_dist.pruning.budget import Budget, check_floors, network_costs
 from asp_dist.pruning.control import Control, LossControl, Observation
-from asp_dist.pruning.density import DensityModel, gaussian_density, weight_threshold
+from asp_dist.pruning.density import DensityModel, weight_threshold
 from asp_dist.pruning.layers import find_weights, unwrapped
-from asp_dist.pruning.losses import sparsity_loss
 from asp_dist.pruning.macs import macs_per_weight
-from asp_dist.pruning.operators import (
-    Operator,
-    build_operator,
-    moments,
-    pruned_dot,
-    scale_pruned_gradient_,
-    write_pruned,
-)
-from asp_dist.pruning.report import PrunedLayer, Report
+from asp_dist.pruning.operators import Operator
 from asp_dist.pruning.schedule import Ramp
-from asp_dist.pruning.shards import LayerShard, RankReducer, flat, local
+from asp_dist.pruning.shards import LayerShard, RankReducer
+from asp_dist.pruning.state import PrunerState
 from asp_dist.pruning.track import Allocation, TrackControl
 
 ControlName = Literal["loss", "track"]
 
 
-class Pruner(Report):
+class Pruner(PrunerState):
     """Prunes `model` to `budget` while `optimizer` trains it; nothing else in the training loop changes.
 
     Implements "Weight Pruning via Adaptive Sparsity Loss" (arXiv 2006.02768). The parameters of the model are the pruned
@@ -115,7 +106,7 @@ class Pruner(Report):
         self.agreement_every = agreement_every
         self.ramp = ramp or Ramp()
         self.sparsity_weight = sparsity_weight
-        self._prune = build_operator(operator, power)
+        self._prune = operators.build_operator(operator, power)
         self._find_layers(model, budget, min_weights, include, exclude, input_shape, min_density, process_group)
         model_of_density = DensityModel(len(self.shards), corrected=density == "measured" or control == "track")
         if control == "loss":
@@ -171,28 +162,11 @@ class Pruner(Report):
         self.device = self.shards[0].dense.device
         self.reducer = RankReducer(self.shards, group, self.device)
         self.numel = torch.tensor([float(info.numel) for info in self.pruned_weights], dtype=torch.float64)
-        self.costs = self._network_costs(model)
+        self.costs = network_costs(model, self.weights, self._macs)
         budgets = [budget] if isinstance(budget, Budget) else list(budget)
         self.limits = [one.resolve(self.costs) for one in budgets]
         self.floors = (self.numel * min_density).ceil().clamp(min=1.0)
         check_floors(self.limits, self.floors, self.costs.names)
-
-    def _network_costs(self, model: nn.Module) -> NetworkCosts:
-        pruned = {id(info.parameter) for info in self.pruned_weights}
-        others = {id(p): p for p in model.parameters() if id(p) not in pruned}
-        buffers = {id(b): b for b in model.buffers()}
-        macs = None
-        if self._macs is not None:
-            macs = tuple(m for m, info in zip(self._macs, self.weights) if not info.reason)
-        return NetworkCosts(
-            names=tuple(info.name for info in self.pruned_weights),
-            numel=tuple(info.numel for info in self.pruned_weights),
-            macs_per_weight=macs,
-            itemsize=tuple(info.parameter.element_size() for info in self.pruned_weights),
-            other_parameters=sum(p.numel() for p in others.values()),
-            other_macs=sum(m * i.numel for m, i in zip(self._macs or [], self.weights) if i.reason),
-            other_bytes=sum(t.numel() * t.element_size() for t in [*others.values(), *buffers.values()]),
-        )
 
     def _start(self) -> None:
         """Prune the model's weights for the first forward pass."""
@@ -233,9 +207,9 @@ class Pruner(Report):
                 products.append(torch.zeros((), dtype=torch.float64, device=self.device))
             else:
                 pruned = shard.flat_pruned()
-                product = pruned_dot(gradient, shard.flat_dense(), pruned, threshold, self.operator)
+                product = operators.pruned_dot(gradient, shard.flat_dense(), pruned, threshold, self.operator)
                 products.append(product)
-                scale_pruned_gradient_(shard.gradient(), shard.pruned, self.gradient_scale)
+                operators.scale_pruned_gradient_(shard.gradient(), shard.pruned, self.gradient_scale)
             shard.hand_over_dense()
         self._products = torch.stack(products).double()
         if scale is not None:
@@ -284,7 +258,7 @@ class Pruner(Report):
 
         This is the step's one all-reduce, and on a GPU its one copy to the host.
         """
-        sums = [moments(shard.flat_dense()) for shard in self.shards]
+        sums = [operators.moments(shard.flat_dense()) for shard in self.shards]
         first = torch.stack([total for total, _ in sums]).double()
         second = torch.stack([squares for _, squares in sums]).double()
         columns = (self._products, first, second, self._local_counts)
@@ -298,7 +272,7 @@ class Pruner(Report):
         thresholds = weight_threshold(self.thresholds, self.sigmas).tolist()
         for index, (shard, threshold) in enumerate(zip(self.shards, thresholds)):
             mean = float(means[index]) if self.center and means is not None else 0.0
-            write_pruned(self._prune, shard.flat_dense(), mean, threshold, shard.flat_pruned())
+            operators.write_pruned(self._prune, shard.flat_dense(), mean, threshold, shard.flat_pruned())
 
     # Counting. A count takes a pass over the weights, so each step counts some layers only, in turn, and they are reduced
     # with the next step's all-reduce.
@@ -317,177 +291,8 @@ class Pruner(Report):
         self.measured = torch.where(self._fresh, counts / self.numel, self.measured)
         self.control.model.observe(self.thresholds, self.measured, self._fresh)
 
-    def _count_all(self) -> Tensor:
-        return torch.stack([torch.count_nonzero(shard.pruned) for shard in self.shards]).double()
-
-    def _refresh_counts(self) -> None:
-        """Count every layer now, for a report; a collective. What the control has seen stays: a report changes no training."""
-        (counts,) = self.reducer.reduce(self._count_all())
-        self.measured = counts.cpu().round() / self.numel
-
-    # The end: exact budget, frozen mask.
-
-    @torch.no_grad()
-    def finalize(self) -> None:
-        """Project onto the budget exactly and freeze the mask; the remaining weights go on training. Does nothing twice.
-
-        Weights are ordered by |w| / b over the network, as the learned thresholds express it; see `projection.keep_counts`.
-        From here on `dense` keeps, of the dense weights, those that the mask removed, and zero elsewhere.
-        """
-        if self.frozen:
-            return
-        magnitudes = projection.SortedMagnitudes(self.shards, self.reducer)
-        thresholds = weight_threshold(self.thresholds, self.sigmas)
-        kept = projection.keep_counts(magnitudes, thresholds, self.limits, self.floors)
-        tiny = {}
-        for shard, mask in zip(self.shards, projection.keep_masks(magnitudes, kept)):
-            dense, pruned = shard.flat_dense(), shard.flat_pruned()
-            tiny[dense.dtype] = torch.finfo(dense.dtype).tiny
-            # The forward pass goes on with the weights that the operator made; where it had none, with the dense ones.
-            pruned.copy_(torch.where(mask, torch.where(pruned == 0, dense, pruned), 0.0))
-            pruned.masked_fill_(mask & (pruned == 0), tiny[dense.dtype])
-            dense.masked_fill_(mask, 0.0)
-            dense.masked_fill_(~mask & (dense == 0), tiny[dense.dtype])
-        self.frozen = True
-        self._refresh_counts()
-
-    def _apply_frozen_masks(self) -> None:
-        for shard in self.shards:
-            shard.flat_pruned().masked_fill_(shard.flat_dense() != 0, 0.0)
-
-    @contextmanager
-    def dense(self, names: Sequence[str] | None = None) -> Iterator[None]:
-        """Put the dense weights in place, of all layers or of the named ones, while the context lasts.
-
-        After `finalize` the dense weights are the trained ones, with the removed ones as they were when the mask was frozen.
-        """
-        chosen = [s for s in self.shards if names is None or s.info.name in names]
-        kept = [shard.pruned.clone() for shard in chosen]
-        with torch.no_grad():
-            for shard in chosen:
-                shard.pruned.copy_(shard.pruned + shard.dense if self.frozen else shard.dense)
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for shard, values in zip(chosen, kept):
-                    shard.pruned.copy_(values)
-
-    @torch.no_grad()
-    def apply_masks_(self, other: nn.Module) -> None:
-        """Zero, in a model of the same architecture (an average of the weights, say), every weight that is pruned here."""
-        theirs = dict(unwrapped(other).named_parameters())
-        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
-        for shard in self.shards:
-            parameter = theirs[names[id(shard.parameter)]]
-            local(parameter.data).masked_fill_(shard.pruned == 0, 0.0)
-
-    @torch.no_grad()
-    def check_agreement(self) -> None:
-        """Compare thresholds, and checksums of replicated weights, over the ranks; a collective.
-
-        Raises:
-            RuntimeError: ranks differ; names a layer that does, for thresholds the one that differs most.
-        """
-        sums = [
-            0.0 if shard.sharded else float(_checksum(flat(shard.pruned))) for shard in self.shards
-        ]  # Integers below 2^53, exact in float64.
-        mine = torch.stack([self.thresholds, torch.tensor(sums, dtype=torch.float64)]).to(self.device)
-        spread = self.reducer.spread(mine).cpu()
-        for what, row in zip(("thresholds", "weights"), spread):
-            if bool((row != 0).any()):
-                differs = row if what == "thresholds" else (row != 0).double()
-                name = self.costs.names[int(differs.argmax())]
-                raise RuntimeError(f"ranks disagree: layer {name!r} has different {what} after step {self.steps}")
-
-    # State.
-
-    @torch.no_grad()
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that a resumed run needs beside the model's own state: plain types and tensors of whole layers.
-
-        Independent of the world size and of sharding; a collective under FSDP2.
-        """
-        return {
-            "steps": self.steps,
-            "frozen": self.frozen,
-            "skipped": self.skipped,
-            "thresholds": self.thresholds.clone(),
-            "sigmas": self.sigmas.clone(),
-            "measured": self.measured.clone(),
-            "fresh": self._fresh.clone(),
-            "count_from": self._count_from,
-            "control": self.control.state_dict(),
-            "dense": {s.info.name: s.gather(s.dense).detach().clone() for s in self.shards},
-        }
-
-    @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore `state_dict`. After a freeze the model's own state must be loaded before, and after the Pruner was built.
-
-        Raises:
-            ValueError: the state is of other layers, or the model's weights are not those that the frozen mask leaves.
-        """
-        if list(state["dense"]) != list(self.costs.names):
-            different = sorted(set(state["dense"]) ^ set(self.costs.names)) or ["(another order)"]
-            raise ValueError(f"the pruner's state is of other layers; first difference: {different[0]!r}")
-        for shard in self.shards:
-            shard.scatter_(state["dense"][shard.info.name].to(self.device), shard.dense)
-        self.steps, self.frozen, self.skipped = state["steps"], state["frozen"], state["skipped"]
-        self.thresholds, self.sigmas = state["thresholds"].clone(), state["sigmas"].clone()
-        self.measured, self._count_from = state["measured"].clone(), state["count_from"]
-        self.control.load_state_dict(state["control"])
-        if not self.frozen:
-            self._write_pruned(None)
-        for shard in self.shards:
-            if self.frozen and not torch.equal(shard.pruned == 0, shard.dense != 0):
-                raise ValueError(
-                    f"layer {shard.info.name!r}: the model's weights are not those of the frozen mask. Building a Pruner "
-                    "prunes the model: load the model's state after that, and before the pruner's"
-                )
-        self._local_counts = self._count_all()
-        self._fresh = state["fresh"].clone()
-
     def remove(self) -> None:
         """Take the hooks off the optimizer; the model stays as it is."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
-
-    # What `Report` asks for.
-
-    def sparsity_loss(self) -> float:
-        """λ·(sum of the budgets' losses) at the current thresholds."""
-        densities = self.control.model.density(self.thresholds)
-        targets = self.control.targets(self.steps)
-        return self.sparsity_weight * sum(
-            float(sparsity_loss(limit, densities, t).value) for limit, t in zip(self.limits, targets)
-        )
-
-    def predicted(self) -> Tensor:
-        """Densities [L] that the Gaussian model predicts, as published (r not clamped)."""
-        return gaussian_density(self.thresholds)
-
-    def rows_of(self, macs: Sequence[float] | None) -> list[PrunedLayer]:
-        """The pruned layers with their current numbers."""
-        predicted = 1.0 - self.predicted()
-        return [
-            PrunedLayer(
-                name=info.name,
-                kind=info.kind,
-                shape=tuple(info.parameter.shape),
-                numel=info.numel,
-                macs=None if macs is None else macs[i] * info.numel,
-                threshold=float(self.thresholds[i]),
-                sigma=float(self.sigmas[i]),
-                predicted_sparsity=float(predicted[i]),
-                measured_sparsity=1.0 - float(self.measured[i]),
-            )
-            for i, info in enumerate(self.pruned_weights)
-        ]
-
-
-def _checksum(values: Tensor) -> Tensor:
-    """The sum of the bits of a flat tensor's numbers, taken as integers, below 2^52."""
-    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
-    return values.view(integers).to(torch.int64).sum() % (1 << 52)

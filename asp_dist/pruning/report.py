@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from asp_dist.pruning.budget import Limit, NetworkCosts
 from asp_dist.pruning.control import Control, LossControl
+from asp_dist.pruning.density import gaussian_density
 from asp_dist.pruning.layers import WeightInfo
+from asp_dist.pruning.losses import sparsity_loss
 
 
 @dataclass(frozen=True)
@@ -51,29 +53,50 @@ class Report:
     costs: NetworkCosts
     numel: Tensor
     measured: Tensor
+    thresholds: Tensor
+    sigmas: Tensor
     control: Control
+    sparsity_weight: float
     steps: int
     frozen: bool
     skipped: int
     _macs: list[float] | None
-
-    def predicted(self) -> Tensor:
-        """Predicted densities [L]."""
-        raise NotImplementedError
-
-    def sparsity_loss(self) -> float:
-        """The weighted sparsity loss."""
-        raise NotImplementedError
-
-    def rows_of(self, macs: Sequence[float] | None) -> list[PrunedLayer]:
-        """The pruned layers."""
-        raise NotImplementedError
 
     def _refresh_counts(self) -> None:
         raise NotImplementedError
 
     def _learning_rate(self) -> float:
         raise NotImplementedError
+
+    def sparsity_loss(self) -> float:
+        """λ·(sum of the budgets' losses) at the current thresholds."""
+        densities = self.control.model.density(self.thresholds)
+        targets = self.control.targets(self.steps)
+        return self.sparsity_weight * sum(
+            float(sparsity_loss(limit, densities, t).value) for limit, t in zip(self.limits, targets)
+        )
+
+    def predicted(self) -> Tensor:
+        """Densities [L] that the Gaussian model predicts, as published (r not clamped)."""
+        return gaussian_density(self.thresholds)
+
+    def rows_of(self, macs: Sequence[float] | None) -> list[PrunedLayer]:
+        """The pruned layers with their current numbers."""
+        predicted = 1.0 - self.predicted()
+        return [
+            PrunedLayer(
+                name=info.name,
+                kind=info.kind,
+                shape=tuple(info.parameter.shape),
+                numel=info.numel,
+                macs=None if macs is None else macs[i] * info.numel,
+                threshold=float(self.thresholds[i]),
+                sigma=float(self.sigmas[i]),
+                predicted_sparsity=float(predicted[i]),
+                measured_sparsity=1.0 - float(self.measured[i]),
+            )
+            for i, info in enumerate(self.pruned_weights)
+        ]
 
     @property
     def layers(self) -> list[PrunedLayer]:
