@@ -84,6 +84,7 @@ def test_an_unfinished_run_has_a_report_and_no_run_an_error(tmp_path: Path) -> N
         write_report([])
 
 
+@pytest.mark.slow
 def test_a_log_of_100_epochs_of_resnet50_stays_below_8_mb(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", epochs=100, rows_per_epoch=500, layers=54)
     assert write_report([run]).stat().st_size <= 8e6
