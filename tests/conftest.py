@@ -10,7 +10,7 @@ import pytest
 def pytest_configure() -> None:
     """One Ray token for this process and all that it starts, set before ray is imported: it reads it once."""
     os.environ.pop("RAY_ADDRESS", None)
-    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=f"{os.getpid():064x}")
+    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=f"{os.getpid():064x}", RAY_worker_niceness="0")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

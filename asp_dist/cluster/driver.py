@@ -54,18 +54,19 @@ def run(config: Config, on_row: OnRow | None = None, *, train: TrainFunction | N
     # The workers have another working directory.
     config = with_absolute_paths(config)
     config = dataclasses.replace(config, output=dataclasses.replace(config.output, dir=str(run_dir(config).parent)))
-    with Signals() as signals, ExitStack() as after_ray:
+    with Signals() as signals:
         if address_of(config.cluster) == "local":
             plan_resources(config, [this_machine()], local=True)  # fails before anything starts
-        with ray_session(config.cluster) as local:
-            signals.install()  # ray.init has set a SIGTERM handler of its own
-            keys.collect()
-            needed = plan_resources(config, ray.nodes(), local=local)
-            control = Control.begin(run_dir(config))
-            after_ray.callback(control.end)
-            check_storage(config, control, ray.nodes(), needed)
-            signals.connect(control)
-            return _Launch(config, control, needed, on_row or (lambda row: None), train).run()
+        launch = _Launch(config, signals, on_row or (lambda row: None), train)
+        failures = 0
+        while True:
+            try:
+                return launch.run()
+            except RayActorError as error:  # Ray Train's controller died; a new session leaves nothing of it behind
+                failures += 1
+                if 0 <= config.cluster.max_failures < failures:
+                    raise ClusterError(f"Ray Train's controller died {failures} times: {one_line(error)}") from error
+                launch.on_row(event("Ray Train's controller died; starting another", launch.step))
 
 
 class ClusterTrainer(TorchTrainer):
@@ -90,31 +91,27 @@ class ClusterTrainer(TorchTrainer):
 
 
 class _Launch:
-    """One launch of Ray Train."""
+    """A run on Ray, for as many launches of Ray Train as it takes."""
 
-    def __init__(
-        self, config: Config, control: Control, needed: Resources, on_row: OnRow, train: TrainFunction | None
-    ) -> None:
+    def __init__(self, config: Config, signals: Signals, on_row: OnRow, train: TrainFunction | None) -> None:
         self.config = config
-        self.control = control
-        self.needed = needed
+        self.signals = signals
         self.on_row = on_row
-        self.job = Job(config, control, train, keys.here())
-        self.log = str(control.run_dir / "logs")
+        self.train = train
+        self.log = str(run_dir(config) / "logs")
         self.step = 0
 
     def run(self) -> dict[str, Any]:
-        """Train, over as many controllers as die under it, and return rank 0's summary."""
-        failures = 0
-        while True:
-            try:
-                outcome = self._fit()
-                break
-            except RayActorError as error:  # the controller died; the checkpoints are the run's own
-                failures += 1
-                if 0 <= self.config.cluster.max_failures < failures:
-                    raise ClusterError(f"Ray Train's controller died {failures} times: {one_line(error)}") from error
-                self.on_row(event("Ray Train's controller died; starting another", self.step))
+        """Connect to Ray, check that the run fits, train, and return rank 0's summary."""
+        with ExitStack() as after_ray, ray_session(self.config.cluster) as local:
+            self.signals.install()  # ray.init has set a SIGTERM handler of its own
+            keys.collect()
+            needed = plan_resources(self.config, ray.nodes(), local=local)
+            control = Control.begin(run_dir(self.config))
+            after_ray.callback(control.end)
+            check_storage(self.config, control, ray.nodes(), needed)
+            self.signals.connect(control)
+            outcome = self._fit(control, needed)
         if "stopped" in outcome:
             raise Stopped(*outcome["stopped"])
         if "fatal" in outcome:
@@ -122,22 +119,24 @@ class _Launch:
         summary: dict[str, Any] = outcome["summary"]
         return summary
 
-    def _fit(self) -> dict[str, Any]:
+    def _fit(self, control: Control, needed: Resources) -> dict[str, Any]:
         """Run Ray Train once; another thread shows what happens meanwhile."""
         logging.getLogger("ray.train").setLevel(logging.ERROR)
         logging.getLogger("ray.tune").setLevel(logging.ERROR)
-        trainer = self._trainer()
+        trainer = self._trainer(control, needed)
         tails = (
-            Tail(self.control.run_dir / "metrics.jsonl", from_end=True),
-            Tail(self.control.folder / "failures", from_end=True),
+            Tail(control.run_dir / "metrics.jsonl", from_end=True),
+            Tail(control.folder / "failures", from_end=True),
         )
         done = threading.Event()
-        watcher = threading.Thread(target=self._watch, args=(trainer, done, *tails), name="watcher", daemon=True)
+        watcher = threading.Thread(
+            target=self._watch, args=(control, trainer, done, *tails), name="watcher", daemon=True
+        )
         watcher.start()
         try:
             result = trainer.fit()
         except (RayError, RuntimeError) as error:
-            fatal = self.control.fatal()
+            fatal = control.fatal()
             if fatal is not None:
                 raise fatal_error(fatal, self.log) from error
             raise self._explain(error) from error
@@ -147,7 +146,9 @@ class _Launch:
         outcome: dict[str, Any] = result.return_value
         return outcome
 
-    def _watch(self, trainer: ClusterTrainer, done: threading.Event, metrics: Tail, failures: Tail) -> None:
+    def _watch(
+        self, control: Control, trainer: ClusterTrainer, done: threading.Event, metrics: Tail, failures: Tail
+    ) -> None:
         """Show new rows until `done`; end Ray Train at an error that a restart would only repeat."""
         while True:
             last = done.wait(POLL_S)
@@ -158,16 +159,16 @@ class _Launch:
                 self.on_row({**row, "step": self.step})
             if last:
                 return
-            if self.control.fatal() is not None:
+            if control.fatal() is not None:
                 trainer.end()
 
-    def _trainer(self) -> ClusterTrainer:
-        cluster, needed = self.config.cluster, self.needed
+    def _trainer(self, control: Control, needed: Resources) -> ClusterTrainer:
+        cluster = self.config.cluster
         elastic = needed.min_workers < needed.workers
         environment = {k: v for k, v in os.environ.items() if k.startswith(PASSED_ON)}
         return ClusterTrainer(
             work,
-            train_loop_config=self.job,  # handed to `work` as it is
+            train_loop_config=Job(self.config, control, self.train, keys.here()),  # handed to `work` as it is
             torch_config=ClusterTorchConfig(
                 backend="cpu:gloo,cuda:nccl" if needed.gpus else "gloo", timeout_s=math.ceil(cluster.timeout_s)
             ),
@@ -177,14 +178,14 @@ class _Launch:
                 resources_per_worker=needed.per_worker(),
             ),
             run_config=RunConfig(
-                name=f"ray-{self.control.launch}",
-                storage_path=str(self.control.folder),
+                name=f"ray-{control.launch}",
+                storage_path=str(control.folder),
                 failure_config=FailureConfig(
                     max_failures=cluster.max_failures,
                     # A group that cannot start waits for a node to come back, as long as a collective would wait.
                     controller_failure_limit=math.ceil(cluster.timeout_s / GROUP_START_S),
                 ),
-                callbacks=[FailureLog(self.control)],
+                callbacks=[FailureLog(control)],
                 worker_runtime_env={"env_vars": environment} if environment else None,
             ),
         )

@@ -81,22 +81,38 @@ def _local_cluster() -> Iterator[None]:
         # clusters would start differently. It keeps the first token that a process uses, so this one stays.
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     try:
-        ray.init(
-            address="local",
-            # With the dashboard, Ray cleans up what a killed controller leaves.
-            include_dashboard=True,
-            dashboard_host="127.0.0.1",
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            object_store_memory=OBJECT_STORE_BYTES,
-            _temp_dir=folder,
-        )
+        _start(folder)
         yield
     finally:
         children = _descendants(os.getpid())
         ray.shutdown()
         _wait_for_exit(children)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _start(folder: str) -> None:
+    """Start Ray. On a machine that is short of CPU, it gives up after 30 seconds; then once more.
+
+    Raises:
+        RuntimeError: Ray does not start.
+    """
+    for last in (False, False, True):
+        try:
+            ray.init(
+                address="local",
+                include_dashboard=False,  # ten processes; the driver does without
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                object_store_memory=OBJECT_STORE_BYTES,
+                _temp_dir=folder,
+            )
+            return
+        except Exception as error:  # Ray raises plain Exceptions here
+            ray.shutdown()
+            if last:
+                text = " ".join(str(error).split())
+                raise RuntimeError(f"Ray does not start on this machine: {text}") from error
+            logger.warning("Ray did not start (%s), trying again", error)
 
 
 def _knock(address: str) -> None:
