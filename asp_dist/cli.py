@@ -18,7 +18,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from asp_dist import __version__
 from asp_dist.commands import COMMANDS
-from asp_dist.config import Config, UserError
+from asp_dist.config import Config, UserError, from_dict
 
 EXIT_USER, EXIT_FAILURE, EXIT_STOPPED, EXIT_INTERRUPTED = 2, 1, 75, 130
 
@@ -99,30 +99,19 @@ def to_config(parsed: Namespace) -> Config:
         UserError: a value is out of its range.
     """
     options = parsed[parsed.command]
-    values = {field.name: options[field.name] for field in dataclasses.fields(Config)}
-    return typing.cast(Config, _instantiate(Config, values))
+    tree = {field.name: _as_tree(options[field.name]) for field in dataclasses.fields(Config)}
+    return typing.cast("Config", from_dict(tree))
 
 
-def _instantiate(cls: type, values: Any) -> Any:
-    """Dataclass `cls` from nested namespaces and dictionaries."""
-    if dataclasses.is_dataclass(values) and not isinstance(values, type):
-        return values
-    hints = typing.get_type_hints(cls)
-    tree = values.as_dict() if isinstance(values, Namespace) else dict(values)
-    arguments = {}
-    for field in dataclasses.fields(cls):
-        if field.name not in tree:
-            continue
-        value, kind = tree[field.name], hints[field.name]
-        if dataclasses.is_dataclass(kind) and value is not None:
-            value = _instantiate(typing.cast("type", kind), value)
-        elif typing.get_origin(kind) is tuple and value is not None:
-            item = typing.get_args(kind)[0]
-            value = tuple(
-                _instantiate(typing.cast("type", item), v) if dataclasses.is_dataclass(item) else v for v in value
-            )
-        arguments[field.name] = value
-    return cls(**arguments)
+def _as_tree(value: Any) -> Any:
+    """Parsed values as nested dictionaries and lists."""
+    if isinstance(value, Namespace):
+        return {name: _as_tree(item) for name, item in vars(value).items()}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    if isinstance(value, list | tuple):
+        return [_as_tree(item) for item in value]
+    return value
 
 
 def _own(options: Namespace) -> dict[str, Any]:

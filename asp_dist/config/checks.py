@@ -1,0 +1,27 @@
+"""Mistakes of the user, and the checks that find them."""
+
+from __future__ import annotations
+
+
+class UserError(ValueError):
+    """A mistake of the user's, or of the machine's set-up: the message names the value, the place and the remedy."""
+
+
+def check(condition: bool, message: str) -> None:
+    """Raise `UserError(message)` unless `condition` holds."""
+    if not condition:
+        raise UserError(message)
+
+
+def check_fraction(name: str, value: float | None, *, upper_open: bool = False) -> None:
+    """Raise `UserError` unless `value` is None or lies in [0, 1], or [0, 1) with `upper_open`."""
+    if value is None:
+        return
+    inside = 0.0 <= value < 1.0 if upper_open else 0.0 <= value <= 1.0
+    interval = "[0, 1)" if upper_open else "[0, 1]"
+    check(inside, f"{name} = {value} is outside {interval}: give a fraction, such as 0.9 for 90 %")
+
+
+def check_positive(name: str, value: float | None) -> None:
+    """Raise `UserError` unless `value` is None or greater than 0."""
+    check(value is None or value > 0, f"{name} = {value} must be greater than 0")
