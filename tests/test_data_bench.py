@@ -11,7 +11,7 @@ from test_data_loaders import config
 from asp_dist.config import UserError
 from asp_dist.data import prepare_digits
 from asp_dist.data.base import Options
-from asp_dist.data.bench import _summary, bench_data, print_bench, repeated
+from asp_dist.data.bench import Run, _summary, bench_data, print_bench, repeated
 from asp_dist.data.images import ImageSpec
 from asp_dist.data.info import open_data_set
 
@@ -37,14 +37,16 @@ def test_the_summary_uses_medians_and_counts_cores(tmp_path: Path) -> None:
         "timm, validation": 100.0,
         "torchvision, validation": 100.0,
     }
-    runs = {name: [rate, rate * 9, rate / 9] for name, rate in rates.items()}
+    runs = {name: [Run(rate * k, 2 / rate / k) for k in (1, 9, 1 / 9)] for name, rate in rates.items()}
     options = Options(ImageSpec(), config(tmp_path).augment, torch.device("cpu"), threads=2)
     result = _summary(runs, samples, options, "resnet50", appetite=1000.0)
     assert result["sources"]["DALI, training"]["share_of_decode"] == pytest.approx(0.6)
     assert result["sources"]["DALI, validation"]["share_of_decode"] == pytest.approx(0.5)
     assert result["ratios"]["DALI / torchvision, training"] == pytest.approx(2.0)
     assert result["ratios"]["DALI / timm, validation"] == pytest.approx(2.0)
-    assert result["cores_needed"] == 7  # 1,000 / (300 / 2), rounded up
+    assert result["ratios_cpu"]["DALI / torchvision, training"] == pytest.approx(2.0)
+    assert result["sources"]["DALI, training"]["share_of_decode_cpu"] == pytest.approx(0.6)
+    assert result["cores_needed"] == 7  # 1,000 images/s x 2/300 processor seconds, rounded up
 
 
 @pytest.mark.slow

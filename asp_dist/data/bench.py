@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import resource
 import statistics
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +37,35 @@ def repeated(samples: Samples, count: int) -> Samples:
     return dataclasses.replace(samples, names=names, **tiled)
 
 
-def rate(source: Source) -> float:
-    """Images per second of one run, from the arrival of its first batch on."""
+@dataclass(frozen=True)
+class Run:
+    """One run of a source.
+
+    Args:
+        rate: images per second, from the arrival of the first batch on.
+        cpu: processor seconds per image, of this process and its workers, which a busy machine does not change much.
+    """
+
+    rate: float
+    cpu: float
+
+
+def measure(source: Source) -> Run:
+    """Run `source` to its end."""
+    used = _processor_seconds()
     batches = source()
-    next(batches)
+    first = next(batches)
     begin = time.perf_counter()
     images = sum(batches)
-    return images / (time.perf_counter() - begin)
+    seconds = time.perf_counter() - begin
+    del batches
+    return Run(images / seconds, (_processor_seconds() - used) / (first + images))
+
+
+def _processor_seconds() -> float:
+    """Of this process and of its children that have ended."""
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
 def model_appetite(model: str, size: tuple[int, int], device: torch.device, batch: int = 0) -> float:
@@ -105,8 +129,8 @@ def bench_data(
         progress: show a progress bar.
 
     Returns:
-        ``sources`` (name -> images_per_second, runs, share of the decode limit), ``ratios``, ``appetite`` and
-        ``cores_needed`` or ``gpus_needed``; plain types.
+        ``sources`` (name -> images_per_second, runs, cpu_seconds per image, share of the decode limit), ``ratios`` by
+        speed and ``ratios_cpu`` by processor time, ``appetite`` and ``cores_needed`` or ``gpus_needed``; plain types.
 
     Raises:
         UserError: no data set, no such model, a data set smaller than a batch.
@@ -130,32 +154,41 @@ def bench_data(
         "torchvision, training": torchvision_source(many, batch_size, options, train=True),
         "torchvision, validation": torchvision_source(many, batch_size, options, train=False),
     }
-    runs: dict[str, list[float]] = {name: [] for name in sources}
+    runs: dict[str, list[Run]] = {name: [] for name in sources}
     with progress_bar("Measuring", rounds * len(sources), progress) as advance:
         for _ in range(rounds):
             for name, source in sources.items():
-                runs[name].append(rate(source))
+                runs[name].append(measure(source))
                 advance(1)
     wanted = appetite or model_appetite(model, spec.size, chosen)
     return _summary(runs, many, options, model, wanted)
 
 
 def _summary(
-    runs: dict[str, list[float]], samples: Samples, options: Options, model: str, appetite: float
+    runs: dict[str, list[Run]], samples: Samples, options: Options, model: str, appetite: float
 ) -> dict[str, Any]:
-    medians = {name: statistics.median(rates) for name, rates in runs.items()}
+    medians = {name: statistics.median(run.rate for run in done) for name, done in runs.items()}
+    cpu = {name: statistics.median(run.cpu for run in done) for name, done in runs.items()}
     sources: dict[str, dict[str, Any]] = {}
-    for name, rates in runs.items():
+    for name, done in runs.items():
         limit = LIMITS.get(name.rpartition(", ")[2])
         share = {} if limit is None else {"share_of_decode": medians[name] / medians[limit]}
-        sources[name] = {"images_per_second": medians[name], "runs": rates, **share}
+        if limit is not None:
+            share["share_of_decode_cpu"] = cpu[limit] / cpu[name]
+        rates = [run.rate for run in done]
+        sources[name] = {"images_per_second": medians[name], "runs": rates, "cpu_seconds": cpu[name], **share}
     ratios = {
         f"DALI / {other}, {part}": medians[f"DALI, {part}"] / medians[f"{other}, {part}"]
         for part in LIMITS
         for other in ("timm", "torchvision")
     }
+    ratios_cpu = {
+        f"DALI / {other}, {part}": cpu[f"{other}, {part}"] / cpu[f"DALI, {part}"]
+        for part in LIMITS
+        for other in ("timm", "torchvision")
+    }
     gpu = options.device.type == "cuda"
-    per_unit = medians["DALI, training"] / (1 if gpu else options.threads)
+    needed = appetite / medians["DALI, training"] if gpu else appetite * cpu["DALI, training"]
     return {
         "samples": len(samples),
         "threads": options.threads,
@@ -164,9 +197,10 @@ def _summary(
         "interpolation": options.spec.interpolation,
         "sources": sources,
         "ratios": ratios,
+        "ratios_cpu": ratios_cpu,
         "model": model,
         "appetite": appetite,
-        "gpus_needed" if gpu else "cores_needed": math.ceil(appetite / per_unit),
+        "gpus_needed" if gpu else "cores_needed": math.ceil(needed),
     }
 
 
@@ -176,14 +210,16 @@ def print_bench(result: dict[str, Any]) -> None:
     from rich.table import Table
 
     table = Table(title=f"Images per second, {result['threads']} threads, {result['device']}")
-    for heading in ("source", "median", "runs", "of the decode limit"):
+    for heading in ("source", "median", "runs", "CPU ms/image", "of the decode limit", "by CPU"):
         table.add_column(heading, justify="left" if heading == "source" else "right")
     for name, row in result["sources"].items():
-        share = f"{row['share_of_decode']:.0%}" if "share_of_decode" in row else ""
-        table.add_row(name, f"{row['images_per_second']:.0f}", " ".join(f"{r:.0f}" for r in row["runs"]), share)
+        shares = [f"{row[key]:.0%}" if key in row else "" for key in ("share_of_decode", "share_of_decode_cpu")]
+        rates = " ".join(f"{r:.0f}" for r in row["runs"])
+        table.add_row(name, f"{row['images_per_second']:.0f}", rates, f"{1000 * row['cpu_seconds']:.2f}", *shares)
     console = Console()
     console.print(table)
-    console.print(", ".join(f"{name}: {value:.2f}" for name, value in result["ratios"].items()))
+    for title, key in (("By images per second", "ratios"), ("By processor time", "ratios_cpu")):
+        console.print(f"{title}: " + ", ".join(f"{name}: {value:.2f}" for name, value in result[key].items()))
     unit = "gpus" if "gpus_needed" in result else "cores"
     console.print(
         f"{result['model']} trains {result['appetite']:.0f} images/s on this device alone: "
