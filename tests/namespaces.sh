@@ -57,11 +57,22 @@ on() {
     ip netns exec "asp$host" "$@"
 }
 
+# Ray gives up on a node after 30 seconds, too soon on a machine that is short of CPU.
+start_node() {
+    local host=$1 try
+    shift
+    for try in 1 2 3; do
+        on "$host" ray start "$@" "${common[@]}" >"$FOLDER/host$host.$try.log" 2>&1 && return
+        for pid in $(ip netns pids "asp$host"); do kill -KILL "$pid" 2>/dev/null || true; done
+    done
+    cat "$FOLDER/host$host.$try.log" >&2
+    return 1
+}
+
 common=(--num-cpus 1 --num-gpus 0 --object-store-memory 100000000 --disable-usage-stats)
-on 1 ray start --head --node-ip-address "$NET.1" --port 6379 --dashboard-host 127.0.0.1 --temp-dir "$FOLDER/ray1" \
-    "${common[@]}" >"$FOLDER/host1.log" 2>&1
+start_node 1 --head --node-ip-address "$NET.1" --port 6379 --include-dashboard false --temp-dir "$FOLDER/ray1"
 for ((host = 2; host <= HOSTS; host++)); do
-    on "$host" ray start --address "$NET.1:6379" --node-ip-address "$NET.$host" "${common[@]}" >"$FOLDER/host$host.log" 2>&1
+    start_node "$host" --address "$NET.1:6379" --node-ip-address "$NET.$host"
 done
 
 on 1 asp-dist train "$CONFIG" --name hosts --output.dir "$FOLDER" --cluster.address "$NET.1:6379" \
