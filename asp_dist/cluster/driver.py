@@ -182,8 +182,8 @@ class _Launch:
                 storage_path=str(control.folder),
                 failure_config=FailureConfig(
                     max_failures=cluster.max_failures,
-                    # A group that cannot start waits for a node to come back, as long as a collective would wait.
-                    controller_failure_limit=math.ceil(cluster.timeout_s / GROUP_START_S),
+                    # A group that cannot start waits for a node to come back: ten minutes, or as long as a collective would.
+                    controller_failure_limit=max(10, math.ceil(cluster.timeout_s / GROUP_START_S)),
                 ),
                 callbacks=[FailureLog(control)],
                 worker_runtime_env={"env_vars": environment} if environment else None,

@@ -21,7 +21,7 @@ Style = Literal["auto", "live", "plain", "json", "quiet"]
 
 PLAIN_EVERY_S = 60.0
 NOTES = 4  # events shown on the live screen
-WARNINGS = ("warning", "skipped_step", "tracking")
+WARNINGS = ("warning", "failure", "skipped_step", "tracking")
 
 
 class Console:
