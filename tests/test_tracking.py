@@ -197,7 +197,7 @@ tracker.finish({"top1": 1.0})
 def start_run(run_dir: Path, *numbers: int) -> int:
     command = [sys.executable, "-c", RUN, str(run_dir), *map(str, numbers)]
     environment = {key: value for key, value in os.environ.items() if key != "WANDB_SERVICE"}  # this process's own
-    done = subprocess.run(command, timeout=120, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, timeout=300, env=environment, capture_output=True, text=True)
     print(done.stderr)
     return done.returncode
 
