@@ -55,7 +55,8 @@ def measure(model: str, side: int, batch: int, stretches: int) -> None:
         bytes_ = sum(p.stat().st_size for p in (run.folder / "checkpoints" / run.keeper.store.names()[-1]).iterdir())
         print(
             f"{model} at {side}, batch {batch}: {plain / STEPS:.4f} s per step, checkpoint of {bytes_ / 1e6:.0f} MB; "
-            f"{STEPS} steps {plain:.2f} s without and {saved:.2f} s with one: {saved / plain - 1:+.2%} (processor time {more / work - 1:+.2%}); the step waits "
+            f"{STEPS} steps {plain:.2f} s without and {saved:.2f} s with one: {saved / plain - 1:+.2%} "
+            f"(processor time {more / work - 1:+.2%}); the step waits "
             f"{1000 * sum(blocked[1:]) / stretches:.0f} ms for the copy ({sum(blocked[1:]) / stretches / plain:.2%})"
         )
         run.loaders.close()

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import random
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +148,42 @@ def test_dense_and_sgd_free_optimizers_resume_too(tmp_path: Path, digits: Path) 
         train(parts, World(), StopAt(6))
     train(parts, World())
     assert_same_run(run_dir(whole), run_dir(parts))
+
+
+KILLED = """
+import sys
+from pathlib import Path
+import torch
+from small_runs import digits_config
+from asp_dist.training import World, train
+
+torch.set_num_threads(1)
+train(digits_config(Path(sys.argv[1]), Path(sys.argv[2]), "killed", output__checkpoint_steps=2), World())
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment(tmp_path: Path, digits: Path, whole: Path) -> None:
+    """SIGKILL, at random moments of a run that saves every second step: the bits of the uninterrupted run, nothing left."""
+    script = tmp_path / "script.py"
+    script.write_text(KILLED)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    folder, moments, kills = tmp_path / "killed", random.Random(5), 0
+    while not (folder / "summary.json").exists():
+        process = subprocess.Popen([sys.executable, str(script), str(tmp_path), str(digits)], env=environment)
+        before = LocalStore(folder / "checkpoints").names()[-1:]
+        while process.poll() is None and kills < 2:
+            if LocalStore(folder / "checkpoints").names()[-1:] != before:  # it trains
+                time.sleep(moments.random())
+                process.kill()
+                kills += 1
+                break
+            time.sleep(0.02)
+        code = process.wait()
+        assert code in (0, -signal.SIGKILL)
+    assert kills == 2
+    assert_same_run(whole, folder)
+    assert len(list((folder / "checkpoints").iterdir())) <= 3 and not list(folder.glob("checkpoints/.*"))
 
 
 SCRIPT = """

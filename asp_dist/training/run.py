@@ -105,6 +105,8 @@ def build_run(config: Config, world: World, hooks: Hooks, keeper: Keeper, identi
         UserError: model, data, budget and the number of workers do not go together.
     """
     training = config.training
+    if world.device.type == "cuda":
+        torch.backends.cudnn.benchmark = True  # the batches' shapes stay the same
     seed_everything(training.seed)
     info = inspect_data(config.data)
     model = build_model(config.model, len(info.classes), config.data.input_size)
