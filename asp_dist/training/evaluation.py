@@ -13,7 +13,7 @@ from asp_dist.training.build import DTYPES
 from asp_dist.training.world import World
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: FSDP2 keeps the tensors that it gathers here for training
 def evaluate_model(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
