@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TextIO
 
 import yaml
+from ray.exceptions import RayError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 import asp_dist
@@ -55,7 +56,7 @@ class Cluster:
         )
         try:
             return JobSubmissionClient(address, verify=self.verify)
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, RayError) as error:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             raise UserError(
                 f"no Ray job server answers at {address}: {lines[0] if lines else type(error).__name__} (is the "
