@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.server
+import itertools
 import json
 import os
 import signal
@@ -65,13 +66,15 @@ def _no_wandb_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @contextlib.contextmanager
-def server(status: int, body: bytes, seconds: float = 0.0) -> Iterator[str]:
-    """A server on this machine that answers every POST alike, after `seconds`."""
+def server(status: int, body: bytes, seconds: float = 0.0, at_once: int = 0) -> Iterator[str]:
+    """A server on this machine that answers every POST alike, the first `at_once` at once, the others after `seconds`."""
+    answered = itertools.count()
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            stop.wait(seconds)
+            if next(answered) >= at_once:
+                stop.wait(seconds)
             with contextlib.suppress(OSError):
                 self.send_response(status)
                 self.end_headers()
@@ -281,11 +284,11 @@ def test_server_that_never_answers_goes_offline(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.slow
-def test_server_that_fails_after_the_first_question_goes_offline(
+def test_server_that_hangs_after_the_first_question_goes_offline(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_API_KEY", KEY)
-    with server(200, json.dumps({"data": {"viewer": {"id": "me"}}}).encode()) as url:
+    with server(200, json.dumps({"data": {"viewer": {"id": "me"}}}).encode(), seconds=60, at_once=1) as url:
         monkeypatch.setenv("WANDB_BASE_URL", url)
         start_without_a_server(tmp_path, "did not take the run", Config(tracking=TrackingConfig(timeout_s=4)))
 
