@@ -25,7 +25,7 @@ found = {}
 changes = {"training__parallel": "fsdp", "optimizer__clip_grad": 0.5, "schedule__epochs": 2}
 summary = train(small_config(folder, "whole", **changes), world)
 try:
-    train(small_config(folder, "parts", **changes), world, StopAt(7))  # polls: four steps, two in the validation, the fifth step
+    train(small_config(folder, "parts", **changes), world, StopAt(7))  # four steps, two in the validation, one more
 except Stopped as stopped:
     found["stopped"] = stopped.step
 train(small_config(folder, "parts", **changes), world)
