@@ -16,7 +16,7 @@ from ray.exceptions import RayActorError, RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
-from ray.train.v2.api.exceptions import WorkerGroupError
+from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
 from asp_dist.cluster import keys
 from asp_dist.cluster.control import Control
@@ -135,7 +135,7 @@ class _Launch:
         watcher.start()
         try:
             result = trainer.fit()
-        except (RayError, RuntimeError) as error:
+        except (RayError, RuntimeError, TrainingFailedError) as error:
             fatal = control.fatal()
             if fatal is not None:
                 raise fatal_error(fatal, self.log) from error
