@@ -59,4 +59,4 @@ def test_two_ranks_end_with_the_name_of_the_file(tmp_path: Path, kind: str) -> N
     assert "asp_dist.data.errors.DataError: rank " in ended.stderr
     seconds = time.time() - min(float(t) for t in re.findall(r"training since (\S+)", ended.stdout))
     print(f"{kind}: ended {seconds:.1f} s after the training began")
-    assert seconds < 30 * max(1.0, os.getloadavg()[0] / len(os.sched_getaffinity(0)))  # fair on a busy machine
+    assert seconds < 30

@@ -23,6 +23,10 @@ def add_bench_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--input-size", type=int | None, default=None, help="image side; default: 224, or the model's.")
     parser.add_argument("--steps", type=int, default=10, help="timed rounds of overhead.")
     parser.add_argument("--control", type=Literal["loss", "track"], default="loss", help="control of overhead.")
+    parser.add_argument("--cpu-time", action="store_true", help="processor time of overhead, for busy machines.")
+    parser.add_argument(
+        "--interpolation", type=str | None, default=None, help="resampling of data; default: the model's."
+    )
     parser.add_argument("--samples", type=int, default=2000, help="images per run of data.")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each source of data.")
     parser.add_argument("--threads", type=int | None, default=None, help="threads of data; default: from the machine.")
@@ -41,7 +45,15 @@ def bench(what: str, data: str | None = None, *, json: bool = False, **options: 
 
 
 def _overhead(
-    *, model: str, batch_size: int | None, input_size: int | None, steps: int, control: str, device: str, **_: Any
+    *,
+    model: str,
+    batch_size: int | None,
+    input_size: int | None,
+    steps: int,
+    control: str,
+    device: str,
+    cpu_time: bool,
+    **_: Any,
 ) -> tuple[dict[str, Any], Any]:
     import torch
 
@@ -52,7 +64,13 @@ def _overhead(
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     result = bench_overhead(
-        model, batch_size=batch_size or 8, input_size=input_size or 224, steps=steps, control=control, device=device
+        model,
+        batch_size=batch_size or 8,
+        input_size=input_size or 224,
+        steps=steps,
+        control=control,
+        cpu_time=cpu_time,
+        device=device,
     )
     return result, print_overhead
 
@@ -63,6 +81,7 @@ def _data(
     model: str,
     batch_size: int | None,
     input_size: int | None,
+    interpolation: str | None,
     samples: int,
     rounds: int,
     threads: int | None,
@@ -77,6 +96,7 @@ def _data(
         data,
         model=model,
         input_size=input_size,
+        interpolation=interpolation,
         batch_size=batch_size or 64,
         samples=samples,
         rounds=rounds,
