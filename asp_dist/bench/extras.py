@@ -1,0 +1,143 @@
+"""`asp-dist bench saving` and `bench tracking`: what checkpoints and records add to training, in stretches that alternate."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import IO, Any
+
+from rich.console import Console
+
+from asp_dist.config import (
+    ClusterConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    OutputConfig,
+    ScheduleConfig,
+    TrackingConfig,
+    TrainingConfig,
+)
+from asp_dist.tracking import Tracker, build_tracker
+from asp_dist.training import Hooks, checkpointing
+from asp_dist.training.run import Run, build_run
+from asp_dist.training.trainer import log_step, train_step
+from asp_dist.training.world import init_world
+
+Extra = Callable[[Run], None]  # what is done after a step
+
+
+def _config(model: str, batch_size: int, input_size: int, steps: int, device: Any, folder: str) -> Config:
+    """A run of `steps` steps on random images, tracked offline at the default intervals."""
+    return Config(
+        name="bench",
+        model=ModelConfig(name=model),
+        data=DataConfig(
+            backend="synthetic", batch_size=batch_size, input_size=input_size, synthetic_samples=(steps * batch_size, 1)
+        ),
+        schedule=ScheduleConfig(epochs=1),
+        training=TrainingConfig(device=device),
+        tracking=TrackingConfig(wandb="offline"),
+        cluster=ClusterConfig(mode="local"),
+        output=OutputConfig(dir=folder),
+    )
+
+
+def _save(every: int) -> Extra:
+    def extra(run: Run) -> None:
+        if run.step % every == 0:
+            checkpointing.save(run)
+
+    return extra
+
+
+def _track(every: int) -> Extra:
+    def extra(run: Run) -> None:
+        if run.step % every == 0:
+            log_step(run)
+
+    return extra
+
+
+def bench_extra(
+    what: str,
+    model: str = "resnet50",
+    *,
+    batch_size: int = 8,
+    input_size: int = 224,
+    steps: int = 50,
+    rounds: int = 3,
+    device: Any = "auto",
+) -> dict[str, Any]:
+    """Time stretches of `steps` training steps without and with checkpoints or tracking, in turn.
+
+    Args:
+        what: ``saving``: one checkpoint per stretch; ``tracking``: a row every ``training.log_every`` steps, counts of
+            all layers included, to ``metrics.jsonl`` and wandb, offline.
+        model: a timm name.
+        batch_size: images per step.
+        input_size: image side, pixels.
+        steps: steps of a stretch.
+        rounds: timed rounds of one stretch of each kind; one more warms up.
+        device: where.
+
+    Returns:
+        ``seconds`` of the stretches of each kind, the rounds' ``ratios`` and their median, and ``seconds_per_step``;
+        for ``saving`` also the checkpoint's ``bytes``.
+    """
+    with tempfile.TemporaryDirectory(prefix="asp-dist-bench-") as folder:
+        config = _config(model, batch_size, input_size, 2 * steps * (rounds + 1), device, folder)
+        keeper = checkpointing.build_keeper(config, "bench")
+        run = build_run(config, init_world(config.training.device), Hooks(), keeper, "bench")
+        tracker = build_tracker(config, run.folder, rank=0) if what == "tracking" else Tracker()
+        extra = _save(steps) if what == "saving" else _track(config.training.log_every)
+        seconds: dict[str, list[float]] = {"without": [], "with": []}
+        batches = run.loaders.train.start(0)
+        try:
+            for index in range(rounds + 1):
+                for kind in ("without", "with") if index % 2 else ("with", "without"):
+                    run.tracker = tracker if kind == "with" else Tracker()
+                    start = time.perf_counter()
+                    for _ in range(steps):
+                        train_step(run, batches)
+                        run.step += 1
+                        if kind == "with":
+                            extra(run)
+                    run.keeper.wait()
+                    seconds[kind].append(time.perf_counter() - start)
+        finally:
+            tracker.finish(exit_code=1)
+            run.loaders.close()
+        last = Path(folder, "bench", "checkpoints")
+        sizes = [sum(p.stat().st_size for p in path.iterdir()) for path in last.glob("step-*")]
+    seconds = {kind: values[1:] for kind, values in seconds.items()}
+    ratios = [a / b for a, b in zip(seconds["with"], seconds["without"])]
+    return {
+        "what": what,
+        "model": model,
+        "batch_size": batch_size,
+        "input_size": input_size,
+        "steps": steps,
+        "device": str(run.world.device),
+        "seconds": seconds,
+        "seconds_per_step": median(seconds["without"]) / steps,
+        "ratios": ratios,
+        "ratio": median(ratios),
+        **({"bytes": sizes[-1]} if sizes else {}),
+    }
+
+
+def print_extra(result: dict[str, Any], file: IO[str] | None = None) -> None:
+    """Print what `bench_extra` returned in one sentence."""
+    size = f" of {result['bytes'] / 1e6:.0f} MB" if "bytes" in result else ""
+    extra = f"one checkpoint{size}" if result["what"] == "saving" else "tracking at the default intervals"
+    low, high = min(result["ratios"]), max(result["ratios"])
+    Console(file=file, highlight=False, soft_wrap=True).print(
+        f"{result['model']} at {result['input_size']}², batch {result['batch_size']}, {result['device']}, "
+        f"{1000 * result['seconds_per_step']:.0f} ms per step: {result['steps']} steps with {extra} take "
+        f"{result['ratio']:.4f} × the time of those without "
+        f"(median of {len(result['ratios'])} rounds; {low:.4f} to {high:.4f})."
+    )
