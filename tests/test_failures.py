@@ -144,7 +144,11 @@ def kill_a_worker(run: subprocess.Popen[str]) -> None:
 
 
 def kill_the_driver(run: subprocess.Popen[str]) -> None:
+    """The driver, and at once its workers: they would live for seconds more, in which a run as short as this one ends."""
+    orphans = workers(run)
     os.kill(run.pid, signal.SIGKILL)
+    for number in orphans:
+        os.kill(number, signal.SIGKILL)
 
 
 def kill_the_controller(run: subprocess.Popen[str]) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import wandb
 
 from asp_dist.config import Config, TrackingConfig, UserError
 from asp_dist.tracking import Tail, build_tracker, read_layers, read_rows, wandb_file
@@ -287,6 +288,7 @@ def test_server_that_never_answers_goes_offline(tmp_path: Path, monkeypatch: pyt
 def test_server_that_hangs_after_the_first_question_goes_offline(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    wandb.teardown()  # wandb's own process may have died of another test's answers, and is started anew only then
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     with server(200, json.dumps({"data": {"viewer": {"id": "me"}}}).encode(), seconds=60, at_once=1) as url:
         monkeypatch.setenv("WANDB_BASE_URL", url)

@@ -142,9 +142,11 @@ def start(config: Config, run_dir: Path) -> WandbRun | None:
         left = max(1.0, config.tracking.timeout_s - (time.monotonic() - began) - 2)
         try:
             run = _init(config, run_dir, "online", left)
-        except wandb.errors.CommError as error:
+        except Exception as error:  # no answer, or wandb's own process died of the answer
             wandb.teardown()  # else the id counts as in use
-            mode = Mode("offline", f"the wandb server {base_url} did not take the run: {error}")
+            mode = Mode(
+                "offline", f"the wandb server {base_url} did not take the run: {str(error) or type(error).__name__}"
+            )
     if mode.name == "offline":
         run = _init(config, run_dir, "offline", 30.0)
     known = wandb_file.last_steps(run_dir, run.id)
