@@ -150,7 +150,7 @@ def check_fields(arguments: Sequence[str]) -> None:
 def _check_file(path: Path, known: list[str]) -> None:
     if not path.is_file():
         near = sorted(p.as_posix() for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        hint = f"; {path.parent} has {', '.join(near[:8])}" if near else ""
+        hint = f"; {path.parent} has {', '.join(near)}" if near else ""
         raise UserError(f"configuration {path} does not exist{hint}")
     try:
         tree = yaml.safe_load(path.read_text())

@@ -24,9 +24,9 @@ from asp_dist.config import (
     TrainingConfig,
     UserError,
 )
-from asp_dist.plan import Plan, make_plan
-from asp_dist.plan_text import print_plan
-from asp_dist.plan_time import Network, StepTime, scale
+from asp_dist.planning import Plan, make_plan
+from asp_dist.planning.step_time import Network, StepTime, scale
+from asp_dist.planning.text import print_plan
 
 
 def config(name: str, **fields: Any) -> Config:

@@ -18,8 +18,8 @@ def add_plan_arguments(parser: ArgumentParser) -> None:
 
 def plan(config: Config, *, json: bool = False, measure_s: float = 8.0) -> int:
     """Say what a run will prune, need and take, without training."""
-    from asp_dist.plan import make_plan
-    from asp_dist.plan_text import print_plan
+    from asp_dist.planning import make_plan
+    from asp_dist.planning.text import print_plan
 
     made = make_plan(config, measure_s=measure_s)
     if json:

@@ -1,33 +1,14 @@
-"""Writing safetensors files: straight from the tensors' memory, hashed on the way, durable before they are named.
-
-The format is eight bytes with the header's length, a JSON header, and the tensors' bytes
-(https://github.com/huggingface/safetensors). Writing it here rather than through the library saves a copy of each
-tensor, which matters while a training step wants the same memory bandwidth, and gives the hash for nothing.
-"""
+"""Writing safetensors files: hashed, and durable before they are named."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import torch
-
-DTYPE_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-CHUNK = 1 << 22
+from safetensors.torch import save
 
 
 def write_safetensors(
@@ -37,34 +18,22 @@ def write_safetensors(
 
     Args:
         stream: an open binary stream.
-        tensors: name -> tensor on the CPU, of any shape; views are made contiguous.
+        tensors: name -> tensor on the CPU, of any shape and strides; those that share memory are written each by itself.
         metadata: text stored in the header.
 
     Returns:
         The number of bytes written and their SHA-256, in hexadecimal.
     """
-    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
-    offset = 0
+    apart: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
     for name, tensor in tensors.items():
-        end = offset + tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    digest = hashlib.sha256()
-    size = 0
-    for block in (len(text).to_bytes(8, "little"), text, *(_bytes(t) for t in tensors.values())):
-        view = memoryview(block)
-        for start in range(0, len(view), CHUNK):
-            piece = view[start : start + CHUNK]
-            digest.update(piece)
-            stream.write(piece)
-        size += len(view)
-    return size, digest.hexdigest()
+        tensor = tensor.detach().contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        apart[name] = tensor.clone() if storage in seen else tensor  # the library refuses shared memory
+        seen.add(storage)
+    data = save(apart, metadata)
+    stream.write(data)
+    return len(data), hashlib.sha256(data).hexdigest()
 
 
 def save_safetensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -78,8 +47,3 @@ def save_safetensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dic
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
-
-
-def _bytes(tensor: torch.Tensor) -> Any:
-    """The memory of `tensor`, row-major, as a buffer of bytes."""
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -7,7 +7,7 @@ from typing import IO
 from rich.console import Console
 from rich.table import Table
 
-from asp_dist.plan import Plan
+from asp_dist.planning.plan import Plan
 
 
 def print_plan(plan: Plan, file: IO[str] | None = None) -> None:

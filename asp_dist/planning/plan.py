@@ -16,7 +16,7 @@ from asp_dist.config import Config, UserError
 from asp_dist.data import DataInfo, inspect_data
 from asp_dist.data.images import build_spec
 from asp_dist.models import build_model
-from asp_dist.plan_time import BUCKET, Network, StepTime, measure_step, scale
+from asp_dist.planning.step_time import BUCKET, Network, StepTime, measure_step, scale
 from asp_dist.pruning import Pruner
 from asp_dist.training import build
 from asp_dist.training.preflight import check_batch, planned_world_size
