@@ -68,8 +68,6 @@ class Proxy:
 
 @pytest.fixture(scope="module")
 def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
-    pytest.importorskip("moto", reason="pip install 'moto[s3]' flask flask-cors")
-    pytest.importorskip("flask_cors", reason="pip install 'moto[s3]' flask flask-cors")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = int(free.getsockname()[1])
     folder = tmp_path_factory.mktemp("s3")
