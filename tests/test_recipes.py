@@ -109,7 +109,11 @@ def test_it_is_planned_without_data(recipe: str) -> None:
     assert totals["prunable_weights"] == pruned
     assert pruned > 0.95 * totals["parameters"]  # norms, biases and what stays dense are a small part
     assert 0 < totals["macs"] < totals["dense_macs"]
-    assert planned["schedule"]["train_images"] == 1_281_167 and "/nowhere" in planned["assumptions"][0]
+    images = 50_000 if load(recipe).model.name.startswith("cifar") else 1_281_167
+    assert planned["schedule"]["train_images"] == images and "/nowhere" in planned["assumptions"][0]
+    # Planned as if the budget held at once, by the Gaussian estimate; AlexNet's fresh weights are not normal but uniform.
+    off = 0.06 if load(recipe).model.name == "alexnet" else 0.02
+    assert totals["sparsity"] == pytest.approx(totals["target_sparsity"], abs=off)
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import timm
 import torch
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
@@ -24,7 +25,8 @@ from asp_dist.training.pruner import build_pruner
 from asp_dist.training.run import count_steps
 from asp_dist.training.world import World
 
-IMAGENET = (1_281_167, 50_000, 1000)  # training images, validation images, classes
+# Training images, validation images and classes of the data set that a network of so many classes stands for.
+DATA_SETS = {10: ("CIFAR-10", 50_000, 10_000), 1000: ("ImageNet-1k", 1_281_167, 50_000)}
 WORKERS = tuple(2**i for i in range(11))
 
 
@@ -60,7 +62,8 @@ def make_plan(config: Config, *, measure_s: float = 8.0, network: Network | None
     """Plan a run.
 
     Args:
-        config: the run; where its data is not there, ImageNet-1k's numbers are taken and the plan says so.
+        config: the run; where its data is not there, the numbers of the data set that the network was made for, ImageNet-1k's
+            or CIFAR-10's, are taken, and the plan says so.
         measure_s: about how long to measure the training step on this machine, seconds; 0: not at all.
         network: the cluster; None: the defaults of `Network`.
 
@@ -81,7 +84,8 @@ def make_plan(config: Config, *, measure_s: float = 8.0, network: Network | None
     steps_per_epoch = info.num_train // batch
     steps = count_steps(config, steps_per_epoch)
     # The budget as it would be met at once; the run learns another allocation.
-    at_once = dataclasses.replace(config, pruning=dataclasses.replace(config.pruning, ramp="constant"))
+    start = dataclasses.replace(config.pruning, ramp="constant", initial_threshold=None)
+    at_once = dataclasses.replace(config, pruning=start)
     pruner = build_pruner(at_once, model, optimizer, total_steps=steps, input_size=(3, *size))
     layers = pruner.rows() if pruner else []
     totals = _totals(model, pruner)
@@ -121,8 +125,10 @@ def _data(config: Config, assumptions: list[str]) -> DataInfo:
     try:
         return inspect_data(config.data)
     except UserError as error:
-        train, val, classes = IMAGENET
-        assumptions.append(f"data: ImageNet-1k's {train:,} + {val:,} images of {classes} classes, because {error}")
+        default = timm.get_pretrained_cfg(config.model.name, allow_unregistered=True)
+        classes = default.num_classes if default is not None and default.num_classes in DATA_SETS else 1000
+        name, train, val = DATA_SETS[classes]
+        assumptions.append(f"data: {name}'s {train:,} + {val:,} images of {classes} classes, because {error}")
         names = tuple(str(i) for i in range(classes))
         return DataInfo(train, val, names, names, "assumed")
 
