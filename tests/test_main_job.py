@@ -167,7 +167,7 @@ class TestQuickstart:
 def test_the_same_command_runs_elsewhere(
     tmp_path: Path, digits: Path, words: tuple[str, ...], launcher: tuple[str, ...], world_size: int
 ) -> None:
-    short = ("--schedule.epochs", "2", "--schedule.warmup_epochs", "0", "--quiet")
+    short = ("--training.max_steps", "6", "--quiet")
     code, _, err = finish(asp_dist(*train(tmp_path, digits, *short, *words), launcher=launcher))
     assert code == 0, err
     summary = summary_of(tmp_path / "quickstart")
