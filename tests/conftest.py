@@ -21,6 +21,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     if hasattr(config, "workerinput"):  # one of pytest-xdist's processes
         slow_files = {item.path for item in items if is_slow(item)}
-        items.sort(key=lambda item: item.path not in slow_files)
+        items.sort(key=lambda item: (item.path not in slow_files, item.path, is_slow(item)))
     else:
         items.sort(key=is_slow)
