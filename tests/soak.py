@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from processes import below, processes
 
 EPOCHS, SAMPLES, BATCH = 60, 448, 56
 
@@ -41,25 +42,6 @@ CONFIG: dict[str, Any] = {
     "tracking": {"wandb": "disabled"},
     "output": {"checkpoint_steps": 3},
 }
-
-
-def children(root: int) -> dict[int, str]:
-    """The live processes below `root`: number -> title."""
-    table: dict[int, tuple[int, str]] = {}
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            stat = (path / "stat").read_text().rpartition(")")[2].split()
-            title = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-        except OSError:
-            continue
-        if stat[0] != "Z":
-            table[int(path.name)] = (int(stat[1]), title)
-    found: dict[int, str] = {}
-    parents = {root}
-    while parents:
-        parents = {n for n, (parent, _) in table.items() if parent in parents and n not in found}
-        found.update({n: table[n][1] for n in parents})
-    return found
 
 
 def last_step(run_dir: Path) -> int:
@@ -90,12 +72,12 @@ class Soak:
 
     def kill(self) -> None:
         """Kill somebody; nothing happens if nobody is there yet."""
-        below = children(self.driver.pid)
-        self.seen |= set(below)
-        victims = [("worker", n) for n, title in below.items() if "RayTrainWorker" in title]
+        titles = below(self.driver.pid)
+        self.seen |= set(titles)
+        victims = [("worker", n) for n, title in titles.items() if "RayTrainWorker" in title]
         if not victims:
             return
-        victims += [("controller", n) for n, title in below.items() if "TrainController" in title]
+        victims += [("controller", n) for n, title in titles.items() if "TrainController" in title]
         victims += [("driver", self.driver.pid)]
         kind, number = self.random.choice(victims)
         how = signal.SIGTERM if kind == "driver" and self.random.random() < 0.5 else signal.SIGKILL
@@ -130,8 +112,7 @@ class Soak:
         if abs(summary["sparsity"] - summary["target_sparsity"]) > 5e-4:
             wrong.append(f"sparsity {summary['sparsity']}")
         time.sleep(10)  # a killed driver's processes end within seconds
-        alive = [n for n in self.seen if Path(f"/proc/{n}").exists() and "ray" in children(n).get(n, "ray")]
-        alive = [n for n in alive if b"ray" in Path(f"/proc/{n}/cmdline").read_bytes()]
+        alive = [n for n, _, title in processes() if n in self.seen and "ray" in title]
         if alive:
             wrong.append(f"processes left: {alive}")
         left = [p.name for p in self.run_dir.iterdir() if p.name == "cluster" or p.name.startswith(".")]

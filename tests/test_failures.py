@@ -8,12 +8,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from processes import below, processes
 from safetensors import safe_open
 
 from asp_dist.data import prepare
@@ -84,27 +85,6 @@ def wait_for_step(run: subprocess.Popen[str], folder: Path, step: int) -> None:
             return
         time.sleep(0.05)
     raise TimeoutError(f"step {step} was not reached")
-
-
-def processes() -> Iterator[tuple[int, int, str]]:
-    """(number, parent, title) of the machine's processes."""
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
-            title = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-        except OSError:
-            continue
-        yield int(path.name), parent, title
-
-
-def below(root: int) -> dict[int, str]:
-    table = {number: (parent, title) for number, parent, title in processes()}
-    found: dict[int, str] = {}
-    parents = {root}
-    while parents:
-        parents = {n for n, (parent, _) in table.items() if parent in parents and n not in found}
-        found.update({n: table[n][1] for n in parents})
-    return found
 
 
 def workers(run: subprocess.Popen[str]) -> list[int]:
