@@ -11,10 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from timm.data.auto_augment import RandAugment
 from torch import Tensor
 
 from asp_dist.config import AugmentConfig, DataConfig, UserError
 from asp_dist.data import DataError, Loaders, build_loaders, inspect_data, prepare_digits
+from asp_dist.data.images import ImageSpec
+from asp_dist.data.torch_loader import build_transform
 
 MODEL_DATA = {
     "input_size": (3, 32, 32),
@@ -192,3 +195,11 @@ def test_bad_folders_are_refused(tmp_path: Path) -> None:
 def test_progressive_sizes_follow_the_epochs(digits: Path) -> None:
     train = loaders(config(digits, progressive_sizes=(8, 12, 16)), epochs=6).train
     assert [next(train.start(epoch))[0].shape[-1] for epoch in range(6)] == [8, 8, 12, 12, 16, 16]
+
+
+@pytest.mark.parametrize(("magnitude", "of_ten"), [(0, 0), (9, 3), (27, 9), (30, 10)])
+def test_randaugment_has_the_same_magnitude_in_timms_loader(magnitude: int, of_ten: int) -> None:
+    augment = AugmentConfig(policy="randaugment", policy_magnitude=magnitude)
+    transform: Any = build_transform(ImageSpec(), augment)
+    (policy,) = (part for part in transform.transforms if isinstance(part, RandAugment))
+    assert {op.magnitude for op in policy.ops} == {of_ten}

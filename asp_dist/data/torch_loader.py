@@ -38,7 +38,8 @@ def build_transform(spec: ImageSpec, augment: AugmentConfig | None) -> Callable[
         return create_transform(**shared)
     policies = {
         "none": None,
-        "randaugment": f"rand-m{augment.policy_magnitude}-n{augment.policy_ops}",
+        # timm's magnitudes are whole numbers up to 10, where DALI's go up to 30.
+        "randaugment": f"rand-m{round(augment.policy_magnitude / 3)}-n{augment.policy_ops}",
         "trivialaugment": "rand-n1-m15-mstd101",  # one operation, magnitude uniform: timm's form of TrivialAugment
         "autoaugment": "original",
     }
