@@ -16,6 +16,7 @@ from asp_dist.config import AugmentConfig
 from asp_dist.data.graph import train_pipeline, val_pipeline
 from asp_dist.data.images import ImageSpec
 from asp_dist.data.readers import Reader, on_network
+from asp_dist.data.resize import TorchResize
 
 EVERYTHING = AugmentConfig(hflip=0.5, vflip=0.5, color_jitter=0.4, erase=0.25)
 POLICIES = ("none", "randaugment", "trivialaugment", "autoaugment")
@@ -64,6 +65,7 @@ def test_gpu_graphs_serialize_without_a_gpu(reader: Reader, policy: Any, interpo
     train = train_pipeline(reader, spec, augment, "gpu", enable_checkpointing=True, **arguments).serialize()
     for operator in (b"decoders__ImageRandomCrop", b"CropMirrorNormalize", b"ColorTwist", b"Erase", b"Flip"):
         assert operator in train
+    assert b"PythonFunction" not in train  # which only the CPU's has
     assert train.count(b"mixed") >= 1 and train.count(b"gpu") > 5
     for mode in ("center", "squash"):
         val = val_pipeline(reader, dataclasses.replace(spec, crop_mode=mode), "gpu", **arguments).serialize()
@@ -119,6 +121,27 @@ def test_each_augmentation_changes_what_it_should(square: Reader) -> None:
         assert changed.shape == plain.shape and (changed - plain).abs().mean() > 0.05
     cropped = train_batch(square, dataclasses.replace(still, scale=(0.1, 0.3)))
     assert (cropped - plain).abs().mean() > 0.05
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("side", [40, 150])  # smaller and larger than the images
+def test_training_crops_are_resized_as_by_pil(square: Reader, interpolation: str, side: int) -> None:
+    whole = AugmentConfig(scale=(1.0, 1.0), ratio=(1.0, 1.0), hflip=0.0)
+    spec = ImageSpec((side, side), interpolation=interpolation)
+    mine = train_batch(square, whole, size=spec.size, interpolation=interpolation)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (spec.mean, spec.std))
+    for i, images in enumerate(mine):
+        with Image.open(Path(square.arguments["file_root"]) / f"{i}.jpg") as image:
+            theirs = np.array(image.resize(spec.size, Image.Resampling[interpolation.upper()]))
+        levels = (images * std + mean) * 255 - torch.from_numpy(theirs).permute(2, 0, 1)
+        assert levels.abs().max() < 2.01 and levels.abs().mean() < 0.1
+
+
+def test_images_resized_by_threads_stay_in_their_places() -> None:
+    images = [np.full((8 + i, 12, 3), i, dtype=np.uint8) for i in range(11)]
+    for threads in (1, 3, 16):
+        resized = TorchResize((5, 6), "bicubic", threads)(images)
+        assert [(image.shape, image.min(), image.max()) for image in resized] == [((5, 6, 3), i, i) for i in range(11)]
 
 
 def test_erasing_puts_the_mean_on_a_rectangle_with_its_probability(square: Reader) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -47,6 +47,43 @@ class PipelineRun:
         return tensor, positions(places, self.tar)
 
 
+def serve(
+    run: PipelineRun,
+    samples: Samples,
+    part: IndexArray,
+    options: Options,
+    *,
+    first: int,
+    size: int,
+    where: Callable[[int], str],
+) -> Iterator[Batch]:
+    """The batches of `part` from position `first` on, `size` samples each; what pads the last one is cut off.
+
+    Args:
+        run: the pipeline over `part`, whose next batch is the one at `first`.
+        samples: the split.
+        part: int64 [M], the samples to serve.
+        options: device and prefetch.
+        first: a position in `part`.
+        size: samples per batch.
+        where: rank and place of a batch, by its number in `part`, for messages.
+
+    Raises:
+        DataError: a file that does not decode, with its name.
+    """
+    labels = torch.from_numpy(samples.labels)
+    for start in range(first, len(part), size):
+        wanted = part[start : start + size]
+        try:
+            images, positions = run.next()
+        except RuntimeError as error:
+            ahead = part[start : start + (options.prefetch + 2) * size]
+            raise decode_error(error, samples, ahead, where=where(start // size)) from error
+        real = len(wanted)
+        assert np.array_equal(positions[:real], np.arange(start, start + real)), "DALI left the order that it was given"
+        yield images[:real], labels[wanted].to(options.device, non_blocking=True)
+
+
 def dali_device(options: Options) -> str:
     """Where DALI decodes and augments: ``gpu`` or ``cpu``."""
     return "gpu" if options.device.type == "cuda" else "cpu"
@@ -73,10 +110,10 @@ class DaliTrain(TrainLoader):
         self._run: PipelineRun | None = None
 
     def topology(self) -> dict[str, Any]:
-        """The base's, and DALI's version."""
+        """The base's, and the versions of DALI and of torch, which resizes on the CPU."""
         import nvidia.dali
 
-        return {**super().topology(), "DALI": nvidia.dali.__version__}
+        return {**super().topology(), "DALI": nvidia.dali.__version__, "torch": torch.__version__}
 
     def _pipeline_state(self) -> str | None:
         if self._run is None or self._run.taken == 0:
@@ -112,18 +149,16 @@ class DaliTrain(TrainLoader):
         batches = len(part) // micro - skip
         if batches == 0:
             return
-        self._run = run = self._open(part, epoch, pipeline, batches)
-        labels = torch.from_numpy(self.samples.labels)
-        for start in range(skip * micro, len(part), micro):
-            wanted = part[start : start + micro]
-            try:
-                images, positions = run.next()
-            except RuntimeError as error:
-                ahead = part[start : start + (self.options.prefetch + 2) * micro]
-                where = f"rank {self.options.rank}, epoch {epoch}, step {start // micro // self.plan.accumulate}"
-                raise decode_error(error, self.samples, ahead, where=where) from error
-            assert np.array_equal(positions, np.arange(start, start + micro)), "DALI left the order that it was given"
-            yield images, labels[wanted].to(self.options.device, non_blocking=True)
+        self._run = self._open(part, epoch, pipeline, batches)
+        yield from serve(
+            self._run,
+            self.samples,
+            part,
+            self.options,
+            first=skip * micro,
+            size=micro,
+            where=lambda batch: f"rank {self.options.rank}, epoch {epoch}, step {batch // self.plan.accumulate}",
+        )
 
     def close(self) -> None:
         """End the running pipeline."""
@@ -147,15 +182,12 @@ class DaliVal(ValLoader):
             pipeline = val_pipeline(reader, self.options.spec, dali_device(self.options), **arguments)
             pipeline.build()
         run = PipelineRun(pipeline, batches, arguments["prefetch_queue_depth"], reader.tar)
-        labels = torch.from_numpy(self.samples.labels)
-        for start in range(0, len(part), size):
-            wanted = part[start : start + size]
-            try:
-                images, positions = run.next()
-            except RuntimeError as error:
-                ahead = part[start : start + (self.options.prefetch + 2) * size]
-                where = f"rank {self.options.rank}, validation batch {start // size}"
-                raise decode_error(error, self.samples, ahead, where=where) from error
-            real = len(wanted)
-            assert np.array_equal(positions[:real], np.arange(start, start + real)), "DALI left the given order"
-            yield images[:real], labels[wanted].to(self.options.device, non_blocking=True)
+        yield from serve(
+            run,
+            self.samples,
+            part,
+            self.options,
+            first=0,
+            size=size,
+            where=lambda batch: f"rank {self.options.rank}, validation batch {batch}",
+        )

@@ -11,6 +11,7 @@ from nvidia.dali.auto_aug import auto_augment, rand_augment, trivial_augment
 from asp_dist.config import AugmentConfig
 from asp_dist.data.images import ImageSpec
 from asp_dist.data.readers import Reader
+from asp_dist.data.resize import MODES, torch_resize
 
 INTERPOLATION = {
     "nearest": types.INTERP_NN,
@@ -109,7 +110,10 @@ def train_images(encoded: Any, spec: ImageSpec, augment: AugmentConfig, device: 
         random_aspect_ratio=list(augment.ratio),
         num_attempts=10,
     )
-    images = fn.resize(images, size=spec.size, interp_type=INTERPOLATION[spec.interpolation], antialias=True)
+    if device == "cpu" and spec.interpolation in MODES:
+        images = torch_resize(images, spec.size, spec.interpolation)
+    else:
+        images = fn.resize(images, size=spec.size, interp_type=INTERPOLATION[spec.interpolation], antialias=True)
     images = augment_colors(images, augment)
     images = erase(images, augment.erase, spec)
     if augment.vflip > 0:
