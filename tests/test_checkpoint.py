@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from asp_dist.config import UserError
@@ -78,8 +79,15 @@ def test_unknown_types_are_refused() -> None:
 
 def test_safetensors_is_what_the_library_reads(tmp_path: Path) -> None:
     tensors = {"a": torch.randn(3, 4).T, "b": torch.tensor(3), "c": torch.zeros(0, 2), "d": torch.randn(5).bfloat16()}
-    save_safetensors(tmp_path / "x.safetensors", tensors, {"model": "m"})
-    back = load_file(tmp_path / "x.safetensors")
+    file, notes = tmp_path / "x.safetensors", dict.fromkeys("gfedcba", "é")
+    contents = set()
+    for _ in range(3):
+        save_safetensors(file, tensors, notes)
+        contents.add(file.read_bytes())
+    assert len(contents) == 1  # the library alone writes the notes in another order each time
+    with safe_open(str(file), "pt") as opened:
+        assert opened.metadata() == notes
+    back = load_file(file)
     assert {k: v.tolist() for k, v in back.items()} == {k: v.tolist() for k, v in tensors.items()}
     assert back["d"].dtype is torch.bfloat16 and [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
 

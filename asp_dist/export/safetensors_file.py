@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from pathlib import Path
 from typing import IO
@@ -32,8 +33,23 @@ def write_safetensors(
         apart[name] = tensor.clone() if storage in seen else tensor  # the library refuses shared memory
         seen.add(storage)
     data = save(apart, metadata)
-    stream.write(data)
-    return len(data), hashlib.sha256(data).hexdigest()
+    end = 8 + int.from_bytes(data[:8], "little")
+    digest, size = hashlib.sha256(), 0
+    for piece in (_sorted_header(data[8:end]), memoryview(data)[end:]):
+        stream.write(piece)
+        digest.update(piece)
+        size += len(piece)
+    return size, digest.hexdigest()
+
+
+def _sorted_header(text: bytes) -> bytes:
+    """The header with its length, and its metadata sorted: the library writes them in another order each time."""
+    header = json.loads(text)
+    if "__metadata__" in header:
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def save_safetensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
