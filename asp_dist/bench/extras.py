@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from rich.console import Console
 
@@ -24,7 +24,7 @@ from asp_dist.config import (
 from asp_dist.tracking import Tracker, build_tracker
 from asp_dist.training import Hooks, checkpointing
 from asp_dist.training.run import Run, build_run
-from asp_dist.training.trainer import log_step, train_step
+from asp_dist.training.trainer import Batches, log_step, train_step
 from asp_dist.training.world import init_world
 
 Extra = Callable[[Run], None]  # what is done after a step
@@ -48,7 +48,7 @@ def _config(model: str, batch_size: int, input_size: int, steps: int, device: An
 
 def _save(every: int) -> Extra:
     def extra(run: Run) -> None:
-        if run.step % every == 0:
+        if run.step % every == 1:  # early in its stretch, so that it is written behind the steps, as in a run
             checkpointing.save(run)
 
     return extra
@@ -60,6 +60,27 @@ def _track(every: int) -> Extra:
             log_step(run)
 
     return extra
+
+
+class _Stretch(NamedTuple):
+    """Seconds by the clock, of this process's processors, and of waiting for the extra work."""
+
+    seconds: float
+    processor: float
+    blocked: float
+
+
+def _stretch(run: Run, batches: Batches, steps: int, extra: Extra | None) -> _Stretch:
+    start, used, blocked = time.perf_counter(), time.process_time(), 0.0
+    for _ in range(steps):
+        train_step(run, batches)
+        run.step += 1
+        if extra is not None:
+            before = time.perf_counter()
+            extra(run)
+            blocked += time.perf_counter() - before
+    run.keeper.wait()
+    return _Stretch(time.perf_counter() - start, time.process_time() - used, blocked)
 
 
 def bench_extra(
@@ -85,8 +106,10 @@ def bench_extra(
         device: where.
 
     Returns:
-        ``seconds`` of the stretches of each kind, the rounds' ``ratios`` and their median, and ``seconds_per_step``;
-        for ``saving`` also the checkpoint's ``bytes``.
+        ``seconds`` of the stretches of each kind, the rounds' ``ratios`` with over without and their median ``ratio``, the
+        same by processor time of this process (``cpu_ratios``, ``cpu_ratio``), which others on the machine disturb less,
+        ``blocked_share``: how long the training waits for it, as a share of a stretch without, and ``seconds_per_step``; for
+        ``saving`` also the checkpoint's ``bytes``.
     """
     with tempfile.TemporaryDirectory(prefix="asp-dist-bench-") as folder:
         config = _config(model, batch_size, input_size, 2 * steps * (rounds + 1), device, folder)
@@ -94,27 +117,22 @@ def bench_extra(
         run = build_run(config, init_world(config.training.device), Hooks(), keeper, "bench")
         tracker = build_tracker(config, run.folder, rank=0) if what == "tracking" else Tracker()
         extra = _save(steps) if what == "saving" else _track(config.training.log_every)
-        seconds: dict[str, list[float]] = {"without": [], "with": []}
+        stretches: dict[str, list[_Stretch]] = {"without": [], "with": []}
         batches = run.loaders.train.start(0)
         try:
             for index in range(rounds + 1):
                 for kind in ("without", "with") if index % 2 else ("with", "without"):
                     run.tracker = tracker if kind == "with" else Tracker()
-                    start = time.perf_counter()
-                    for _ in range(steps):
-                        train_step(run, batches)
-                        run.step += 1
-                        if kind == "with":
-                            extra(run)
-                    run.keeper.wait()
-                    seconds[kind].append(time.perf_counter() - start)
+                    stretches[kind].append(_stretch(run, batches, steps, extra if kind == "with" else None))
         finally:
             tracker.finish(exit_code=1)
             run.loaders.close()
         last = Path(folder, "bench", "checkpoints")
         sizes = [sum(p.stat().st_size for p in path.iterdir()) for path in last.glob("step-*")]
-    seconds = {kind: values[1:] for kind, values in seconds.items()}
-    ratios = [a / b for a, b in zip(seconds["with"], seconds["without"])]
+    without, with_ = stretches["without"][1:], stretches["with"][1:]  # the first round warms up
+    ratios = [a.seconds / b.seconds for a, b in zip(with_, without)]
+    cpu_ratios = [a.processor / b.processor for a, b in zip(with_, without)]
+    usual = median(stretch.seconds for stretch in without)
     return {
         "what": what,
         "model": model,
@@ -122,22 +140,28 @@ def bench_extra(
         "input_size": input_size,
         "steps": steps,
         "device": str(run.world.device),
-        "seconds": seconds,
-        "seconds_per_step": median(seconds["without"]) / steps,
+        "seconds": {"without": [s.seconds for s in without], "with": [s.seconds for s in with_]},
+        "seconds_per_step": usual / steps,
         "ratios": ratios,
         "ratio": median(ratios),
+        "cpu_ratios": cpu_ratios,
+        "cpu_ratio": median(cpu_ratios),
+        "blocked_share": median(stretch.blocked for stretch in with_) / usual,
         **({"bytes": sizes[-1]} if sizes else {}),
     }
 
 
 def print_extra(result: dict[str, Any], file: IO[str] | None = None) -> None:
-    """Print what `bench_extra` returned in one sentence."""
+    """Print what `bench_extra` returned."""
     size = f" of {result['bytes'] / 1e6:.0f} MB" if "bytes" in result else ""
     extra = f"one checkpoint{size}" if result["what"] == "saving" else "tracking at the default intervals"
-    low, high = min(result["ratios"]), max(result["ratios"])
-    Console(file=file, highlight=False, soft_wrap=True).print(
+    console = Console(file=file, highlight=False, soft_wrap=True)
+    console.print(
         f"{result['model']} at {result['input_size']}², batch {result['batch_size']}, {result['device']}, "
-        f"{1000 * result['seconds_per_step']:.0f} ms per step: {result['steps']} steps with {extra} take "
-        f"{result['ratio']:.4f} × the time of those without "
-        f"(median of {len(result['ratios'])} rounds; {low:.4f} to {high:.4f})."
+        f"{1000 * result['seconds_per_step']:.0f} ms per step: {result['steps']} steps with {extra}, over those without "
+        f"(medians of {len(result['ratios'])} rounds, and the range):"
     )
+    for name, ratio, ratios in (("clock", "ratio", "ratios"), ("processor time", "cpu_ratio", "cpu_ratios")):
+        low, high = min(result[ratios]), max(result[ratios])
+        console.print(f"  by {name}: {result[ratio]:.4f} × ({low:.4f} to {high:.4f})")
+    console.print(f"  the training waits for it: {result['blocked_share']:.2%} of its time")
