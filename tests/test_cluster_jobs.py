@@ -176,3 +176,19 @@ def test_a_stopped_job_leaves_a_checkpoint_and_no_process(head: tuple[jobs.Clust
 def test_an_unknown_job_is_said_so(head: tuple[jobs.Cluster, Path]) -> None:
     with pytest.raises(UserError, match="knows no job nobody"):
         jobs.stop("nobody", head[0])
+
+
+def test_a_job_waits_for_a_cluster_that_has_just_started_with_a_mocked_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "POLL_S", 0.0)
+    answers: list[Exception | None] = [RuntimeError("status code 500: No available agent to submit job"), None]
+
+    def submit_job(**job: Any) -> None:
+        answer = answers.pop(0)
+        if answer is not None:
+            raise answer
+
+    jobs._submit_patiently(SimpleNamespace(submit_job=submit_job), submission_id="x")
+    assert answers == []
+    answers.append(RuntimeError("status code 500: no such entrypoint"))
+    with pytest.raises(RuntimeError, match="no such entrypoint"):
+        jobs._submit_patiently(SimpleNamespace(submit_job=submit_job), submission_id="x")

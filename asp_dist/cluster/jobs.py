@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import yaml
 from ray.exceptions import RayError
@@ -28,6 +28,7 @@ from asp_dist.config import Config, UserError, check, to_dict
 PASSED_ON = ("WANDB_BASE_URL", "WANDB_ENTITY", "WANDB_PROJECT", "WANDB_MODE", "HF_HUB_OFFLINE", "NCCL_SOCKET_IFNAME")
 EXIT_FAILURE, EXIT_STOPPED = 1, 75
 POLL_S = 1.0
+START_WAIT_S = 60.0
 ATTEMPTS = 5
 
 
@@ -97,7 +98,8 @@ def submit(
     job = f"{config.name}-{uuid.uuid4().hex[:8]}"
     variables = {name: os.environ[name] for name in PASSED_ON if name in os.environ} | keys.deposit(client)
     with _package(on_cluster(config, root or Path.cwd())) as folder:
-        client.submit_job(
+        _submit_patiently(
+            client,
             entrypoint="python -m asp_dist train job.yaml",
             submission_id=job,
             runtime_env={"working_dir": str(folder), "env_vars": variables},
@@ -108,6 +110,19 @@ def submit(
         return 0
     follow(client, job, out)
     return exit_code(client, job, out)
+
+
+def _submit_patiently(client: JobSubmissionClient, **job: Any) -> None:
+    """Submit; wait for a cluster that has just started, whose server answers before a node can take a job."""
+    deadline = time.monotonic() + START_WAIT_S
+    while True:
+        try:
+            client.submit_job(**job)
+            return
+        except RuntimeError as error:
+            if "No available agent" not in str(error) or time.monotonic() > deadline:
+                raise
+        time.sleep(POLL_S)
 
 
 def status(job: str, cluster: Cluster, out: TextIO | None = None) -> int:
