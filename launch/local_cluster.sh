@@ -27,7 +27,8 @@ start() {
     export RAY_USAGE_STATS_ENABLED=0 RAY_worker_niceness=0
     # A job that is stopped has this long to finish its step and save a checkpoint.
     export RAY_JOB_STOP_WAIT_TIME_S=${RAY_JOB_STOP_WAIT_TIME_S:-60}
-    local common=(--object-store-memory 134217728 --disable-usage-stats)
+    # Port 0: any free one. All nodes are on this machine, where Ray's fixed default would leave all but one without an agent.
+    local common=(--object-store-memory 134217728 --disable-usage-stats --dashboard-agent-listen-port 0)
     # The head holds no workers; jobs' drivers and the dashboard run there.
     ray start --head --port "$HEAD_PORT" --dashboard-host 127.0.0.1 --dashboard-port "$DASHBOARD_PORT" \
         --temp-dir "$STATE/ray" --num-cpus 0 --num-gpus 0 "${common[@]}" >"$STATE/head.log" 2>&1 ||
