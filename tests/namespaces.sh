@@ -75,7 +75,8 @@ for ((host = 2; host <= HOSTS; host++)); do
     start_node "$host" --address "$NET.1:6379" --node-ip-address "$NET.$host"
 done
 
-on 1 asp-dist train "$CONFIG" --name hosts --output.dir "$FOLDER" --cluster.address "$NET.1:6379" \
+# 66 images divide among three workers, two and one.
+on 1 asp-dist train "$CONFIG" --name hosts --output.dir "$FOLDER" --cluster.address "$NET.1:6379" --data.batch_size 66 \
     --cluster.num_workers "$HOSTS" --cluster.min_workers 1 --cluster.cpus_per_worker 1 --cluster.max_failures 3 \
     --cluster.timeout_s 60 --tracking.wandb offline "$@" &
 run=$!
