@@ -24,7 +24,7 @@ start() {
     (umask 077 && printf '%s' "${RAY_AUTH_TOKEN:-$(head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \n')}" >"$STATE/token")
     unset RAY_AUTH_TOKEN
     export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$STATE/token
-    export RAY_USAGE_STATS_ENABLED=0 RAY_worker_niceness=0
+    export RAY_USAGE_STATS_ENABLED=0 RAY_worker_niceness=0 ASP_DIST_CLUSTER=$STATE
     # A job that is stopped has this long to finish its step and save a checkpoint.
     export RAY_JOB_STOP_WAIT_TIME_S=${RAY_JOB_STOP_WAIT_TIME_S:-60}
     # Port 0: any free one. All nodes are on this machine, where Ray's fixed default would leave all but one without an agent.
@@ -43,16 +43,23 @@ start() {
     echo "    .venv/bin/asp-dist submit configs/quickstart.yaml --address http://127.0.0.1:$DASHBOARD_PORT"
 }
 
-# Ends the processes of this cluster alone, found by the folder or the address that each of them names.
+# The processes of this cluster alone: those that name its folder or address, or that `start` gave its mark.
+cluster_pids() {
+    pgrep -u "$(id -u)" -f -- "$STATE/ray/|127.0.0.1:$HEAD_PORT" || true
+    local folder
+    for folder in /proc/[0-9]*; do
+        if grep -qzxF "ASP_DIST_CLUSTER=$STATE" "$folder/environ" 2>/dev/null; then echo "${folder#/proc/}"; fi
+    done
+}
+
 stop() {
-    local pid pids
+    local pid
     for signal in TERM KILL; do
-        pids=$(pgrep -u "$(id -u)" -f -- "$STATE/ray/|127.0.0.1:$HEAD_PORT" || true)
-        for pid in $pids; do
+        for pid in $(cluster_pids); do
             if [[ $pid != "$$" ]]; then kill -s "$signal" "$pid" 2>/dev/null || true; fi
         done
         for ((i = 0; i < 50; i++)); do
-            pgrep -u "$(id -u)" -f -- "$STATE/ray/|127.0.0.1:$HEAD_PORT" >/dev/null || break
+            [[ -n $(cluster_pids) ]] || break
             sleep 0.2
         done
     done

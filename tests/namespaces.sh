@@ -25,7 +25,12 @@ ip netns delete asp-probe
 finish() {
     local host pid
     for ((host = 1; host <= HOSTS; host++)); do
-        for pid in $(ip netns pids "asp$host" 2>/dev/null); do kill -KILL "$pid" 2>/dev/null || true; done
+        # Some start others while they are being killed, and a namespace lives as long as a process in it.
+        while pid=$(ip netns pids "asp$host" 2>/dev/null | head -n 1) && [[ -n $pid ]]; do
+            kill -KILL "$pid" 2>/dev/null || true
+            sleep 0.05
+        done
+        ip link delete "asp$host" 2>/dev/null || true
         ip netns delete "asp$host" 2>/dev/null || true
     done
     ip link delete "$BRIDGE" 2>/dev/null || true

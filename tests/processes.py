@@ -27,3 +27,11 @@ def below(root: int) -> dict[int, str]:
         parents = {n for n, (parent, _) in table.items() if parent in parents and n not in found}
         found.update({n: table[n][1] for n in parents})
     return found
+
+
+def environment_of(number: int) -> list[bytes]:
+    """The variables that a process was started with, as ``NAME=value``; none if it has ended."""
+    try:
+        return Path(f"/proc/{number}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return []

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from processes import environment_of, processes
 
 from asp_dist.cluster import jobs, keys
 from asp_dist.config import Config, DataConfig, ModelConfig, UserError, from_dict
@@ -103,9 +104,10 @@ def head() -> Iterator[tuple[jobs.Cluster, Path]]:
         patch.setenv("WANDB_API_KEY", KEY)
         yield jobs.Cluster(f"http://127.0.0.1:{port}"), state / "c"
     subprocess.run([script, "stop"], env=environment, check=True, timeout=120)
-    left = subprocess.run(["pgrep", "-f", str(state)], capture_output=True, text=True).stdout
+    marked = f"ASP_DIST_CLUSTER={state / 'c'}".encode()
+    left = [title for number, _, title in processes() if marked in environment_of(number) or str(state) in title]
     shutil.rmtree(state, ignore_errors=True)
-    assert left == ""
+    assert left == []
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from processes import environment_of, processes
 from safetensors.torch import load_file
 
 from asp_dist.data import prepare_digits
@@ -56,14 +57,7 @@ def train(folder: Path, digits: Path, *words: str) -> tuple[str, ...]:
 
 def left_over() -> list[str]:
     """Command lines of processes that still run, of all that this module's commands started."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if f"ASP_DIST_TEST={MARK}".encode() in (folder / "environ").read_bytes().split(b"\0"):
-                found.append((folder / "cmdline").read_bytes().replace(b"\0", b" ").decode())
-        except OSError:
-            continue  # it ended meanwhile
-    return found
+    return [title for number, _, title in processes() if f"ASP_DIST_TEST={MARK}".encode() in environment_of(number)]
 
 
 def summary_of(run_dir: Path) -> dict[str, Any]:
