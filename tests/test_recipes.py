@@ -92,8 +92,6 @@ def test_the_header_says_where_it_comes_from_and_what_to_expect(recipe: str) -> 
     assert f"asp-dist prepare {Path(config.data.root).name} " in fields["Command"]
     assert fields["Hardware"].strip()
     assert config.name == recipe
-    if recipe == "quickstart":  # its result stands in README's table
-        return
     sparsity = f"sparsity {100 * config.budget.terms()[0].sparsity:g} %"  # type: ignore[operator]
     assert sparsity in fields["Expected"] and sparsity.split()[1] in fields["Title"]
     assert "top-1 not measured here" in fields["Expected"] or re.search(
