@@ -7,6 +7,7 @@ import io
 import pytest
 
 from asp_dist.bench.extras import bench_extra, print_extra
+from asp_dist.config import UserError
 
 
 @pytest.mark.parametrize("what", ["saving", "tracking"])
@@ -21,3 +22,9 @@ def test_figures(what: str) -> None:
     file = io.StringIO()
     print_extra(result, file)
     assert "cifar_resnet20 at 8²" in file.getvalue()
+
+
+@pytest.mark.parametrize(("what", "steps"), [("saving", 1), ("tracking", 15)])
+def test_stretches_that_would_miss_what_is_measured_are_refused(what: str, steps: int) -> None:
+    with pytest.raises(UserError, match=f"--steps {steps}"):
+        bench_extra(what, "cifar_resnet20", steps=steps)

@@ -20,6 +20,7 @@ from asp_dist.config import (
     ScheduleConfig,
     TrackingConfig,
     TrainingConfig,
+    check,
 )
 from asp_dist.tracking import Tracker, build_tracker
 from asp_dist.training import Hooks, checkpointing
@@ -101,7 +102,7 @@ def bench_extra(
         model: a timm name.
         batch_size: images per step.
         input_size: image side, pixels.
-        steps: steps of a stretch.
+        steps: steps of a stretch; for ``tracking`` a multiple of the steps between two rows.
         rounds: timed rounds of one stretch of each kind; one more warms up.
         device: where.
 
@@ -110,7 +111,12 @@ def bench_extra(
         same by processor time of this process (``cpu_ratios``, ``cpu_ratio``), which others on the machine disturb less,
         ``blocked_share``: how long the training waits for it, as a share of a stretch without, and ``seconds_per_step``; for
         ``saving`` also the checkpoint's ``bytes``.
+
+    Raises:
+        UserError: a stretch of that many steps would not hold what is to be measured.
     """
+    every = 2 if what == "saving" else TrainingConfig().log_every
+    check(steps % every == 0, f"--steps {steps}: a stretch of {what} takes a multiple of {every} steps")
     with tempfile.TemporaryDirectory(prefix="asp-dist-bench-") as folder:
         config = _config(model, batch_size, input_size, 2 * steps * (rounds + 1), device, folder)
         keeper = checkpointing.build_keeper(config, "bench")
