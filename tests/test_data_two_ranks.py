@@ -25,7 +25,7 @@ data = DataConfig(root=sys.argv[1], batch_size=8, threads=1)
 train = build_loaders(
     data, model_data={"input_size": (3, 32, 32)}, seed=0, rank=rank, world_size=world, device=torch.device("cpu")
 ).train
-print("training since", time.time(), flush=True)
+sys.stdout.write(f"training since {time.time()}\\n")  # torchrun runs python -u: print would write it in pieces
 for epoch in range(50):  # a truncated file may survive a crop of its upper part
     for images, _ in train.start(epoch):
         dist.all_reduce(images.mean())
