@@ -8,7 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from asp_dist.pruning.operators import Operator, build_operator, moments, pruned_dot, scale_pruned_gradient_
+from asp_dist.pruning.operators import (
+    Operator,
+    build_operator,
+    moments,
+    pruned_dot,
+    scale_pruned_gradient_,
+    write_pruned,
+)
 
 DENSE = [-3.0, -1.0, -0.5, 0.0, 1.0, 2.0]
 GRADIENT = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
@@ -73,5 +80,23 @@ def test_gradient_scale(scale: float) -> None:
 def test_moments() -> None:
     assert [float(m) for m in moments(torch.tensor([1.0, -2.0, 4.0]))] == [3.0, 21.0]
     # In bfloat16 a running sum of ones would stop at 256.
-    total, squares = moments(torch.ones(100_000, dtype=torch.bfloat16))
-    assert (float(total), float(squares)) == (100_000.0, 100_000.0)
+    total, squares = moments(torch.ones(300_000, dtype=torch.bfloat16))
+    assert (float(total), float(squares)) == (300_000.0, 300_000.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", EXPECTED)
+def test_pieces_of_a_large_layer(name: Operator, dtype: torch.dtype) -> None:
+    """300,000 weights pass in three pieces: the mean leaves each, each is pruned, each is summed, each gradient scaled."""
+    generator = torch.Generator().manual_seed(0)
+    dense, gradient = (torch.randint(-8, 9, (300, 1000), generator=generator).to(dtype) for _ in range(2))
+    shifted, pruned = dense + 1, torch.empty_like(dense)
+    write_pruned(build_operator(name), shifted.view(-1), 1.0, 4.0, pruned.view(-1))
+    assert torch.equal(shifted, dense)
+    assert torch.equal(pruned != 0, dense.abs() > 4)
+    products = (gradient * dense).double()[pruned == 0]
+    product = pruned_dot(gradient.view(-1), dense.view(-1), pruned.view(-1), 4.0, name)
+    assert float(product) == float(products.sum())
+    halved = gradient.clone()
+    scale_pruned_gradient_(halved, pruned, 0.5)
+    assert torch.equal(halved, torch.where(pruned == 0, gradient / 2, gradient))

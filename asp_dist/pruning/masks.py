@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from asp_dist.pruning import projection
 from asp_dist.pruning.density import weight_threshold
 from asp_dist.pruning.layers import unwrapped
+from asp_dist.pruning.operators import blocks
 from asp_dist.pruning.report import Report
 from asp_dist.pruning.shards import LayerShard, RankReducer, flat, local
 
@@ -37,6 +38,7 @@ class Masks(Report):
 
         Weights are ordered by |w| / b over the network, as the learned thresholds express it; see `projection.keep_counts`.
         From here on `dense` keeps, of the dense weights, those that the mask removed, and zero elsewhere.
+        While it sorts the weights it takes, once, the memory of 1.7 copies of them more, and of 3.6 in half precision.
         """
         if self.frozen:
             return
@@ -108,4 +110,4 @@ class Masks(Report):
 def _checksum(values: Tensor) -> Tensor:
     """The sum of the bits of a flat tensor's numbers, taken as integers, below 2^52."""
     integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
-    return values.view(integers).to(torch.int64).sum() % (1 << 52)
+    return torch.stack([some.sum() for (some,) in blocks(values.view(integers))]).sum() % (1 << 52)

@@ -6,7 +6,7 @@ torch's own; nothing is compiled.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Literal
 
@@ -31,18 +31,25 @@ def _power(dense: Tensor, threshold: float, out: Tensor, p: float) -> None:
     out.div_(threshold).pow_(p).sub_(1.0).clamp_(min=0.0).pow_(1.0 / p).mul_(threshold).copysign_(dense)
 
 
-# Weights that go through two operations in turn, so that the second finds them in the cache.
-_BLOCK = 1 << 18
+# A layer's weights go through several operations in pieces: on the CPU a piece stays in the cache between them, and anywhere
+# the temporary tensors are small beside a network. At 1 MiB and more, malloc would take each of those from the system anew.
+_CPU_BLOCK = 1 << 17
+_GPU_BLOCK = 1 << 20
+
+
+def _block(tensor: Tensor) -> int:
+    return _CPU_BLOCK if tensor.device.type == "cpu" else _GPU_BLOCK
+
+
+def blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Flat tensors of one length in pieces, side by side; at least one piece, be it empty."""
+    return zip(*(tensor.split(_block(tensor)) for tensor in tensors))
 
 
 def write_pruned(prune: Prune, dense: Tensor, mean: float, threshold: float, out: Tensor) -> None:
     """Subtract `mean` from the dense weights in place, and write the pruned ones into `out`; both flat."""
-    if mean == 0.0:
-        prune(dense, threshold, out)
-        return
-    size = _BLOCK if dense.device.type == "cpu" else max(dense.numel(), 1)
-    for some, target in zip(dense.split(size), out.split(size)):
-        prune(some.sub_(mean), threshold, target)
+    for some, target in blocks(dense, out):
+        prune(some if mean == 0.0 else some.sub_(mean), threshold, target)
 
 
 def build_operator(name: Operator, power: float = 3.0) -> Prune:
@@ -62,33 +69,46 @@ def build_operator(name: Operator, power: float = 3.0) -> Prune:
     raise ValueError(f"operator {name!r} is none of 'hard', 'soft', 'power'")
 
 
-def _wide(tensor: Tensor) -> Tensor:
-    """Half-precision tensors as float32, so that sums over millions of weights keep their digits."""
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+def _is_half(tensor: Tensor) -> bool:
+    return tensor.dtype in (torch.float16, torch.bfloat16)
+
+
+def _sum(parts: Sequence[Tensor]) -> Tensor:
+    return torch.stack([part.double() for part in parts]).sum()
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Σ a·b of flat tensors; half precision is summed as float32, which keeps the digits of sums over millions of weights."""
+    if not (_is_half(a) or _is_half(b)):
+        return torch.dot(a, b)
+    return _sum([torch.dot(x.float(), y.float()) for x, y in blocks(a, b)])
 
 
 def pruned_dot(gradient: Tensor, dense: Tensor, pruned: Tensor, threshold: float, operator: Operator) -> Tensor:
     """Σ over pruned weights of gradient·dense, as a scalar tensor.
 
     With the hard operator the pruned copy is the dense one or zero, so the sum is the difference of two dot products, each
-    one pass at memory bandwidth; the other operators change the kept weights, so the kept dense ones are written out first.
+    one pass at memory bandwidth; the other operators change the kept weights, so the removed part is written out first.
     """
-    kept = pruned if operator == "hard" else torch.hardshrink(dense, threshold)
-    gradient = _wide(gradient)
-    return torch.dot(gradient, _wide(dense)) - torch.dot(gradient, _wide(kept))
+    if operator == "hard":
+        return _dot(gradient, dense) - _dot(gradient, pruned)
+    return _sum([_dot(some, w - torch.hardshrink(w, threshold)) for some, w in blocks(gradient, dense)])
 
 
 def scale_pruned_gradient_(gradient: Tensor | None, pruned: Tensor, scale: float) -> None:
     """Multiply, in place, the gradient of the pruned weights (those that are zero in `pruned`) by `scale`; any strides."""
     if gradient is None or scale == 1.0:
         return
-    if scale == 0.0:
-        gradient.masked_fill_(pruned == 0, 0.0)
-    else:
-        gradient.copy_(torch.where(pruned == 0, gradient * scale, gradient))
+    rows = max(_block(pruned) * pruned.shape[0] // max(pruned.numel(), 1), 1)
+    for some, zeros in zip(gradient.split(rows), pruned.split(rows)):
+        if scale == 0.0:
+            some.masked_fill_(zeros == 0, 0.0)
+        else:
+            some.copy_(torch.where(zeros == 0, some * scale, some))
 
 
 def moments(weights: Tensor) -> tuple[Tensor, Tensor]:
     """(Σw, Σw²) of a flat tensor, as scalars; each one pass at memory bandwidth."""
-    weights = _wide(weights)
+    if _is_half(weights):
+        return _sum([some.float().sum() for (some,) in blocks(weights)]), _dot(weights, weights)
     return weights.sum(), torch.dot(weights, weights)
