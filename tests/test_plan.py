@@ -90,6 +90,14 @@ def test_plan_of_a_small_run(small: Plan) -> None:
     assert small.traffic["thresholds"] == pytest.approx(1.5 * 32 * (len(small.layers) - 2))
 
 
+def test_the_first_and_the_last_layer_stay_dense_where_a_run_says_so() -> None:
+    pruning = PruningConfig(prune_first=False, prune_last=False)
+    data = DataConfig(backend="synthetic", batch_size=8, input_size=64, synthetic_samples=(16, 8))
+    plan = make_plan(Config(model=ModelConfig(name="resnet18"), data=data, pruning=pruning), measure_s=0)
+    dense = [(row["name"], row["reason"]) for row in plan.layers if not row["pruned"]]
+    assert dense == [("conv1", "the first layer"), ("fc", "the last layer")]
+
+
 def test_plan_is_json_and_text(small: Plan) -> None:
     tree = json.loads(json.dumps(dataclasses.asdict(small)))
     assert [row["workers"] for row in tree["scaling"]] == [2**i for i in range(11)]

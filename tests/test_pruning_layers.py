@@ -94,6 +94,16 @@ def test_sizes_and_names() -> None:
         reasons(include=["9"], exclude=[])
 
 
+def test_the_first_and_the_last_layer_are_a_choice() -> None:
+    model = nn.Sequential(ScaledStdConv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8, 10))
+    with pytest.raises(ValueError, match="ScaledStdConv2d"):
+        find_weights(model, min_weights=1)
+    infos = find_weights(model, min_weights=1, prune_first=False)
+    assert [info.reason for info in infos] == ["the first layer", "", ""]
+    infos = find_weights(model, min_weights=1, prune_first=False, prune_last=False)
+    assert [info.reason for info in infos] == ["the first layer", "", "the last layer"]
+
+
 def test_frozen_parameters_are_left_alone() -> None:
     model = nn.Sequential(nn.Linear(40, 40), nn.Linear(40, 40))
     model[0].weight.requires_grad_(False)

@@ -85,6 +85,8 @@ class PruningConfig:
         min_weights: layers with fewer weights stay dense.
         include: globs on layer names; empty: all.
         exclude: globs on layer names that stay dense.
+        prune_first: False keeps the first layer dense (most often the stem).
+        prune_last: False keeps the last layer dense (most often the classifier).
         agreement_every: steps between checks that all ranks hold the same thresholds and masks; 0: never.
     """
 
@@ -107,6 +109,8 @@ class PruningConfig:
     min_weights: int = 1000
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    prune_first: bool = True
+    prune_last: bool = True
     agreement_every: int = 100
 
     def __post_init__(self) -> None:

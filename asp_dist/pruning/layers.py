@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -124,18 +124,14 @@ def _parameter(module: nn.Module, name: str) -> tuple[nn.Parameter | None, str]:
     return (max(sources, key=lambda p: p.numel()), _COMPUTED) if sources else (None, "")
 
 
-def _reason(name: str, numel: int, min_weights: int, include: Sequence[str], exclude: Sequence[str]) -> str:
-    if any(fnmatchcase(name, pattern) for pattern in exclude):
-        return "excluded by name"
-    if include and not any(fnmatchcase(name, pattern) for pattern in include):
-        return "not included by name"
-    if numel < min_weights:
-        return f"fewer than {min_weights} weights"
-    return ""
-
-
 def find_weights(
-    model: nn.Module, *, min_weights: int = 1000, include: Sequence[str] = (), exclude: Sequence[str] = ()
+    model: nn.Module,
+    *,
+    min_weights: int = 1000,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    prune_first: bool = True,
+    prune_last: bool = True,
 ) -> list[WeightInfo]:
     """All matrices of weights of `model`, in the order of its modules, each with the reason if it stays dense.
 
@@ -146,12 +142,46 @@ def find_weights(
         min_weights: parameters with fewer weights stay dense.
         include: globs on names; empty: everything.
         exclude: globs on names that stay dense.
+        prune_first: False: the first matrix in the order of the modules, most often the stem, stays dense.
+        prune_last: False: the last one, most often the classifier, stays dense.
 
     Raises:
         ValueError: a glob matches nothing; or a layer cannot be pruned for the reason given and is not excluded.
     """
+    found, refusals = _all_weights(model)
+    for option, patterns in (("include", include), ("exclude", exclude)):
+        for pattern in patterns:
+            if not any(fnmatchcase(info.name, pattern) for info in found):
+                names_seen = ", ".join(info.name for info in found[:5])
+                raise ValueError(f"{option} pattern {pattern!r} matches no layer; the layers are {names_seen}, ...")
+
+    def reason(index: int) -> str:
+        name, numel = found[index].name, found[index].numel
+        if not prune_first and index == 0:
+            return "the first layer"
+        if not prune_last and index == len(found) - 1:
+            return "the last layer"
+        if any(fnmatchcase(name, pattern) for pattern in exclude):
+            return "excluded by name"
+        if include and not any(fnmatchcase(name, pattern) for pattern in include):
+            return "not included by name"
+        return f"fewer than {min_weights} weights" if numel < min_weights else ""
+
+    weights = [replace(info, reason=reason(index)) for index, info in enumerate(found)]
+    refused = [(info, refusal) for info, refusal in zip(weights, refusals) if refusal and not info.reason]
+    if refused:
+        listed = ", ".join(info.name for info, _ in refused[:3]) + (", ..." if len(refused) > 3 else "")
+        raise ValueError(
+            f"{len(refused)} layers cannot be pruned ({listed}): {refused[0][0].kind}: {refused[0][1]}. "
+            "Exclude them by name (exclude=...) to prune the rest of the network"
+        )
+    return weights
+
+
+def _all_weights(model: nn.Module) -> tuple[list[WeightInfo], list[str]]:
+    """Every trainable matrix of `model` once, and why each is refused (empty: it is not)."""
     found: list[WeightInfo] = []
-    refused: list[tuple[str, str]] = []
+    refusals: list[str] = []
     seen: set[int] = set()
     for module_name, module in model.named_modules():
         names, refusal = _candidates(module)
@@ -162,19 +192,6 @@ def find_weights(
             seen.add(id(parameter))
             parts = [module_name] if parameter_name == "weight" else [module_name, parameter_name]
             name = ".".join(part for part in parts if part) or parameter_name
-            reason = _reason(name, parameter.numel(), min_weights, include, exclude)
-            if (refusal or computed) and not reason:
-                refused.append((name, f"{type(module).__name__}: {refusal or computed}"))
-            found.append(WeightInfo(name, module_name, parameter, type(module).__name__, reason))
-    for option, patterns in (("include", include), ("exclude", exclude)):
-        for pattern in patterns:
-            if not any(fnmatchcase(info.name, pattern) for info in found):
-                names_seen = ", ".join(info.name for info in found[:5])
-                raise ValueError(f"{option} pattern {pattern!r} matches no layer; the layers are {names_seen}, ...")
-    if refused:
-        listed = ", ".join(name for name, _ in refused[:3]) + (", ..." if len(refused) > 3 else "")
-        raise ValueError(
-            f"{len(refused)} layers cannot be pruned ({listed}): {refused[0][1]}. "
-            "Exclude them by name (exclude=...) to prune the rest of the network"
-        )
-    return found
+            found.append(WeightInfo(name, module_name, parameter, type(module).__name__))
+            refusals.append(refusal or computed)
+    return found, refusals

@@ -50,6 +50,8 @@ class Pruner(PrunerState):
         min_weights: layers with fewer weights stay dense.
         include: globs on layer names; empty: all.
         exclude: globs on layer names that stay dense.
+        prune_first: False: the first layer stays dense; see `find_weights`.
+        prune_last: False: the last layer stays dense.
         ramp: the target's course over the run, and when the mask is frozen; None: constant, never frozen by itself.
         density: ``gaussian`` (published) or ``measured``: the estimate corrected by counts (``loss``; ``track`` always is).
         multiplier: see `LossControl`.
@@ -82,6 +84,8 @@ class Pruner(PrunerState):
         min_weights: int = 1000,
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
+        prune_first: bool = True,
+        prune_last: bool = True,
         ramp: Ramp | None = None,
         density: Literal["gaussian", "measured"] = "gaussian",
         multiplier: bool = False,
@@ -107,7 +111,15 @@ class Pruner(PrunerState):
         self.ramp = ramp or Ramp()
         self.sparsity_weight = sparsity_weight
         self._prune = operators.build_operator(operator, power)
-        self._find_layers(model, budget, min_weights, include, exclude, input_shape, min_density, process_group)
+        self.weights = find_weights(
+            model,
+            min_weights=min_weights,
+            include=include,
+            exclude=exclude,
+            prune_first=prune_first,
+            prune_last=prune_last,
+        )
+        self._take_layers(model, budget, min_weights, input_shape, min_density, process_group)
         model_of_density = DensityModel(len(self.shards), corrected=density == "measured" or control == "track")
         if control == "loss":
             self.control: Control = LossControl(
@@ -138,18 +150,15 @@ class Pruner(PrunerState):
             optimizer.register_step_post_hook(self._after_step),
         ]
 
-    def _find_layers(
+    def _take_layers(
         self,
         model: nn.Module,
         budget: Budget | Sequence[Budget],
         min_weights: int,
-        include: Sequence[str],
-        exclude: Sequence[str],
         input_shape: Sequence[int] | None,
         min_density: float,
         group: dist.ProcessGroup | None,
     ) -> None:
-        self.weights = find_weights(model, min_weights=min_weights, include=include, exclude=exclude)
         self.pruned_weights = [info for info in self.weights if not info.reason]
         if not self.pruned_weights:
             raise ValueError(

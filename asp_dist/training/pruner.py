@@ -62,6 +62,8 @@ def build_pruner(
             min_weights=pruning.min_weights,
             include=pruning.include,
             exclude=pruning.exclude,
+            prune_first=pruning.prune_first,
+            prune_last=pruning.prune_last,
             ramp=build_ramp(config, total_steps),
             density=pruning.density,
             multiplier=pruning.multiplier,
