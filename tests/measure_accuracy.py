@@ -19,7 +19,8 @@ from rich.console import Console
 from rich.table import Table
 
 from asp_dist.config import Config, from_dict
-from asp_dist.training import init_world, train
+from asp_dist.training.trainer import train
+from asp_dist.training.world import init_world
 
 # Multiply-adds that `track` may keep in the prunable layers: a sixth less, or a fifth, than Feather's form ends with.
 MACS = {0.9: 0.155, 0.95: 0.08}

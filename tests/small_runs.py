@@ -21,7 +21,7 @@ from asp_dist.config import (
     TrackingConfig,
     TrainingConfig,
 )
-from asp_dist.training import Hooks, SignalHooks
+from asp_dist.training.hooks import Hooks, SignalHooks
 
 
 def small_config(folder: Path, name: str = "run", **changes: Any) -> Config:

@@ -10,7 +10,10 @@ from small_runs import digits_config, small_config
 
 from asp_dist.config import UserError
 from asp_dist.data import prepare_digits
-from asp_dist.training import World, evaluate, run_dir, train
+from asp_dist.training.evaluate import evaluate
+from asp_dist.training.rundir import run_dir
+from asp_dist.training.trainer import train
+from asp_dist.training.world import World
 
 
 @pytest.mark.parametrize("ema", [None, 0.5])

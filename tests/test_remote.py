@@ -20,10 +20,13 @@ from test_checkpoint import keep, manifest, save, state
 
 from asp_dist.config import Config, OutputConfig, UserError
 from asp_dist.tracking import read_rows
-from asp_dist.training import Stopped, World, run_dir, train
 from asp_dist.training.checkpoint import read_checkpoint
+from asp_dist.training.hooks import Stopped
 from asp_dist.training.keeper import Keeper
 from asp_dist.training.remote import RemoteStore, open_storage
+from asp_dist.training.rundir import run_dir
+from asp_dist.training.trainer import train
+from asp_dist.training.world import World
 
 
 @dataclass

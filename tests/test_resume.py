@@ -19,9 +19,12 @@ from small_runs import SignalAt, StopAt, digits_config, small_config, torchrun, 
 from asp_dist.config import Config, UserError
 from asp_dist.data import prepare_digits
 from asp_dist.tracking import read_rows
-from asp_dist.training import Stopped, World, run_dir, train
 from asp_dist.training.checkpoint import read_checkpoint
+from asp_dist.training.hooks import Stopped
+from asp_dist.training.rundir import run_dir
 from asp_dist.training.store import LocalStore
+from asp_dist.training.trainer import train
+from asp_dist.training.world import World
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +158,8 @@ import sys
 from pathlib import Path
 import torch
 from small_runs import digits_config
-from asp_dist.training import World, train
+from asp_dist.training.trainer import train
+from asp_dist.training.world import World
 
 torch.set_num_threads(1)
 train(digits_config(Path(sys.argv[1]), Path(sys.argv[2]), "killed", output__checkpoint_steps=2), World())
@@ -191,7 +195,9 @@ import sys
 from pathlib import Path
 import torch
 from small_runs import SignalAt, digits_config
-from asp_dist.training import Hooks, Stopped, init_world, train
+from asp_dist.training.hooks import Hooks, Stopped
+from asp_dist.training.trainer import train
+from asp_dist.training.world import init_world
 
 torch.set_num_threads(1)
 folder, digits, name, stop = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])

@@ -18,13 +18,17 @@ from torch import Tensor, nn
 
 from asp_dist.config import Config, OptimizerConfig, ScheduleConfig, TrainingConfig, UserError
 from asp_dist.tracking import read_rows
-from asp_dist.training import BadNumbers, Hooks, Stopped, World, preflight, run_dir, train
 from asp_dist.training import trainer as trainer_module
 from asp_dist.training.build import build_ema, build_optimizer, build_scaler, build_scheduler
 from asp_dist.training.evaluation import evaluate_model
+from asp_dist.training.health import BadNumbers
+from asp_dist.training.hooks import Hooks, Stopped
+from asp_dist.training.preflight import preflight
 from asp_dist.training.results import validate
 from asp_dist.training.run import Run, build_run
-from asp_dist.training.rundir import load_config, with_absolute_paths
+from asp_dist.training.rundir import load_config, run_dir, with_absolute_paths
+from asp_dist.training.trainer import train
+from asp_dist.training.world import World
 
 
 @pytest.fixture(autouse=True)

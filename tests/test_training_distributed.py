@@ -14,7 +14,11 @@ import json, sys
 from pathlib import Path
 import torch
 from small_runs import StopAt, small_config
-from asp_dist.training import Stopped, init_world, run_dir, train, trainer
+from asp_dist.training import trainer
+from asp_dist.training.hooks import Stopped
+from asp_dist.training.rundir import run_dir
+from asp_dist.training.trainer import train
+from asp_dist.training.world import init_world
 
 torch.set_num_threads(1)
 folder = Path(sys.argv[1])

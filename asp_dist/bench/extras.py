@@ -23,7 +23,8 @@ from asp_dist.config import (
     check,
 )
 from asp_dist.tracking import Tracker, build_tracker
-from asp_dist.training import Hooks, checkpointing
+from asp_dist.training import checkpointing
+from asp_dist.training.hooks import Hooks
 from asp_dist.training.run import Run, build_run
 from asp_dist.training.trainer import Batches, log_step, train_step
 from asp_dist.training.world import init_world

@@ -115,7 +115,7 @@ def work(job: Job) -> dict[str, Any]:
 
 
 def _default_train() -> TrainFunction:
-    from asp_dist.training import train
+    from asp_dist.training.trainer import train
 
     return train
 

@@ -20,7 +20,7 @@ def add_evaluate_arguments(parser: ArgumentParser) -> None:
 
 def evaluate(run_dir: str, *, json: bool = False) -> int:
     """Accuracy and sparsity of a run's ``model.safetensors``, measured again from the file."""
-    from asp_dist.training import evaluate as evaluate_run
+    from asp_dist.training.evaluate import evaluate as evaluate_run
 
     result = evaluate_run(Path(run_dir))
     if json:

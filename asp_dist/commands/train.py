@@ -37,7 +37,7 @@ def add_train_arguments(parser: ArgumentParser) -> None:
 
 def train(config: Config, *, quiet: bool = False, json: bool = False, dry_run: bool = False) -> int:
     """Train and prune, on Ray or in this process, and print the results."""
-    from asp_dist.training import preflight
+    from asp_dist.training.preflight import preflight
     from asp_dist.training.world import started_by_torchrun
 
     if dry_run:
@@ -73,7 +73,10 @@ def _train_on_ray(config: Config, console: Console) -> dict[str, Any]:
 
 
 def _train_here(config: Config, console: Console) -> dict[str, Any]:
-    from asp_dist.training import SignalHooks, init_world, run_dir, train
+    from asp_dist.training.hooks import SignalHooks
+    from asp_dist.training.rundir import run_dir
+    from asp_dist.training.trainer import train
+    from asp_dist.training.world import init_world
 
     world = init_world(config.training.device, config.cluster.timeout_s)
     try:
@@ -108,7 +111,7 @@ def _following(path: Path, console: Console) -> Iterator[None]:
 
 def _show_results(config: Config, summary: dict[str, Any], *, quiet: bool, as_json: bool) -> None:
     from asp_dist.tracking import print_results, read_layers
-    from asp_dist.training import run_dir
+    from asp_dist.training.rundir import run_dir
 
     folder = run_dir(config)
     if as_json:
