@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import pytest
 import torch
@@ -14,9 +15,10 @@ from asp_dist.bench.published import PublishedLoss
 from asp_dist.pruning import Pruner
 
 
-@pytest.mark.parametrize("control", ["loss", "track"])
-def test_figures(control: str) -> None:
-    result = bench_overhead("cifar_resnet20", batch_size=4, input_size=32, steps=3, warmup=1, control=control)
+@pytest.mark.parametrize(("control", "operator"), [("loss", "hard"), ("track", "hard"), ("track", "power")])
+def test_figures(control: Any, operator: Any) -> None:
+    options = {"control": control, "operator": operator}
+    result = bench_overhead("cifar_resnet20", batch_size=4, input_size=32, steps=3, warmup=1, **options)
     seconds = result["seconds"]
     assert set(seconds) == {"dense", "engine", "wrapper"}
     assert set(result["ratios"]) == {"engine", "wrapper"}
@@ -29,6 +31,7 @@ def test_figures(control: str) -> None:
     file = io.StringIO()
     print_overhead(result, file)
     assert f"{result['prunable_weights']:,} prunable weights" in file.getvalue()
+    assert f"engine ({control}, {operator})" in file.getvalue()
     assert "parametrization wrapper" in file.getvalue()
 
 

@@ -18,6 +18,8 @@ from torch.optim import SGD, Optimizer
 import asp_dist.models  # noqa: F401  (registers the paper's networks)
 from asp_dist.bench.published import PublishedLoss
 from asp_dist.pruning import Budget, Pruner
+from asp_dist.pruning.operators import Operator
+from asp_dist.pruning.pruner import ControlName
 
 LR = 1e-3  # Small: the steps are timed, not learned from.
 OPTIONS: dict[str, Any] = {"lr": LR, "momentum": 0.9, "weight_decay": 1e-4, "foreach": True}
@@ -89,7 +91,8 @@ def bench_overhead(
     steps: int = 10,
     warmup: int = 2,
     sparsity: float = 0.9,
-    control: Any = "loss",
+    control: ControlName = "loss",
+    operator: Operator = "hard",
     wrapper: bool = True,
     cpu_time: bool = False,
     device: str = "cpu",
@@ -105,6 +108,7 @@ def bench_overhead(
         warmup: rounds before.
         sparsity: the budget.
         control: the engine's control.
+        operator: the engine's pruning operator; the wrapper's is always ``hard``.
         wrapper: also time the published form, which prunes in each forward pass.
         cpu_time: count processor time, over all threads, in place of the clock's: what others do on a busy machine then
             matters less. Meant for one thread (OMP_NUM_THREADS=1), as threads that wait count too.
@@ -128,9 +132,8 @@ def bench_overhead(
     optimizer = SGD(pruned.parameters(), **OPTIONS)
     times = _HookTimes(optimizer, clock)
     times.mark()
-    pruner = Pruner(
-        pruned, optimizer, Budget.parameters(sparsity=sparsity), control=control, initial_threshold=threshold
-    )
+    budget = Budget.parameters(sparsity=sparsity)
+    pruner = Pruner(pruned, optimizer, budget, control=control, operator=operator, initial_threshold=threshold)
     times.mark()
     forms: dict[str, tuple[nn.Module, Optimizer, Callable[[], Tensor] | None]] = {
         "dense": (dense, SGD(dense.parameters(), **OPTIONS), None),
@@ -157,6 +160,7 @@ def bench_overhead(
         "input_size": input_size,
         "steps": steps,
         "control": control,
+        "operator": operator,
         "clock": "processor time" if cpu_time else "clock",
         "device": device,
         "threads": torch.get_num_threads(),
@@ -186,7 +190,11 @@ def print_overhead(result: dict[str, Any], file: IO[str] | None = None) -> None:
     )
     for heading in ("training", "ms per step", "over dense"):
         table.add_column(heading, justify="left" if heading == "training" else "right")
-    labels = {"dense": "dense", "engine": f"engine ({result['control']})", "wrapper": "parametrization wrapper"}
+    labels = {
+        "dense": "dense",
+        "engine": f"engine ({result['control']}, {result['operator']})",
+        "wrapper": "parametrization wrapper",
+    }
     for name, value in result["seconds"].items():
         table.add_row(labels[name], f"{value * 1e3:.1f}", f"{result['ratios'].get(name, 1.0):.3f}")
     console.print(table)

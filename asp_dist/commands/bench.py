@@ -24,6 +24,9 @@ def add_bench_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--input-size", type=int | None, default=None, help="image side; default: 224, or the model's.")
     parser.add_argument("--steps", type=int | None, default=None, help="timed steps (10), or of each stretch (50).")
     parser.add_argument("--control", type=Literal["loss", "track"], default="loss", help="control of overhead.")
+    parser.add_argument(
+        "--operator", type=Literal["hard", "soft", "power"], default="hard", help="pruning operator of overhead."
+    )
     parser.add_argument("--cpu-time", action="store_true", help="processor time of overhead, for busy machines.")
     parser.add_argument(
         "--interpolation", type=str | None, default=None, help="resampling of data; default: the model's."
@@ -56,7 +59,8 @@ def _overhead(
     batch_size: int | None,
     input_size: int | None,
     steps: int | None,
-    control: str,
+    control: Any,
+    operator: Any,
     device: str,
     cpu_time: bool,
     **_: Any,
@@ -75,6 +79,7 @@ def _overhead(
         input_size=input_size or 224,
         steps=steps or 10,
         control=control,
+        operator=operator,
         cpu_time=cpu_time,
         device=device,
     )
