@@ -42,6 +42,10 @@ def methods(sparsity: float) -> dict[str, dict[str, Any]]:
         "Feather's form": {"pruning": {**track, "operator": "power"}},
         "track, learned allocation": {"pruning": {**track, "operator": "power", "allocation_rate": 0.003}},
         "track, two budgets": {"pruning": {**track, "operator": "power"}, "budget": {"also": [limit]}},
+        "track, two budgets, learned allocation": {
+            "pruning": {**track, "operator": "power", "allocation_rate": 0.003},
+            "budget": {"also": [limit]},
+        },
         "loss with its options": {
             "pruning": {
                 "control": "loss",

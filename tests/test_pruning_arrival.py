@@ -103,9 +103,9 @@ def test_loss_with_its_options_arrives_before_the_freeze(sparsity: float) -> Non
     assert kept == {0}
 
 
-@pytest.mark.parametrize("control", ["track", "loss"])
-def test_a_multiply_adds_budget_is_met_in_time_and_then_within_a_channels_cost(control: Any) -> None:
-    sparsity, errors, slacks = 0.9, [], []
+@pytest.mark.parametrize(("control", "sparsity"), [("track", 0.9), ("track", 0.99), ("loss", 0.9)])
+def test_a_multiply_adds_budget_is_met_in_time_and_then_within_a_channels_cost(control: Any, sparsity: float) -> None:
+    errors, slacks = [], []
     for pruner in training(Budget.macs(sparsity=sparsity), control=control, density="measured", multiplier=True):
         (limit,) = pruner.limits
         kept = torch.tensor([float((info.parameter != 0).sum()) for info in pruner.pruned_weights], dtype=torch.float64)

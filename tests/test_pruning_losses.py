@@ -81,6 +81,17 @@ def test_density_gradient_by_finite_differences(corrected: bool) -> None:
         torch.testing.assert_close(model.gradient(thresholds), gaussian_density_gradient(thresholds))
 
 
+@pytest.mark.parametrize("outlier", [30.0, 1000.0])
+def test_the_measured_density_of_a_layer_with_outliers(outlier: float) -> None:
+    """One weight in a hundred makes σ: 1 % is kept at 4.9 σ as at 0.1 σ, far from what the Gaussian says of either."""
+    weights = torch.cat([torch.linspace(-0.01, 0.01, 9900), torch.full((100,), outlier)]).double()
+    for r in (4.9, 0.1):
+        kept = (weights.abs() > r * weights.std()).double().mean().reshape(1)
+        model = DensityModel(1, corrected=True)
+        model.observe(vector(r), kept, torch.tensor([True]))
+        assert model.density(vector(r)).item() == pytest.approx(0.01)
+
+
 def observation(products: Tensor, lr: float = 0.1) -> Observation:
     return Observation(products, vector(2.0, 4.0), vector(2.0, 4.0), lr, 0)
 
