@@ -17,6 +17,7 @@ import yaml
 from processes import below, processes
 from safetensors import safe_open
 
+from asp_dist.cluster.worker import POLL_S
 from asp_dist.data import prepare
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
@@ -137,7 +138,21 @@ def kill_the_controller(run: subprocess.Popen[str]) -> None:
 
 
 def terminate(run: subprocess.Popen[str]) -> None:
+    """SIGTERM, with the workers held still until they can see the stop: a run as short as this one ends before they look."""
+    held = workers(run)
+    for number in held:
+        os.kill(number, signal.SIGSTOP)
     os.kill(run.pid, signal.SIGTERM)
+    try:
+        folder = Path(str(run.args[-1])).parent  # type: ignore[index]
+        deadline = time.monotonic() + 60
+        while not list(folder.glob("run/cluster/*/stop")):
+            assert time.monotonic() < deadline, "the driver wrote no stop file"
+            time.sleep(0.05)
+        time.sleep(POLL_S)
+    finally:
+        for number in held:
+            os.kill(number, signal.SIGCONT)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import wandb
 
 from asp_dist.config import UserError
 from asp_dist.tracking.dashboard import LAYER_PANELS, SECTIONS, build_workspace, create_dashboard, serialised
@@ -20,9 +21,11 @@ pytestmark = pytest.mark.filterwarnings(
 
 @pytest.fixture(autouse=True)
 def _no_login(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    for name in ("WANDB_API_KEY", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
     monkeypatch.setenv("HOME", str(tmp_path))
+    wandb.teardown()  # its settings are read once in a process, and may be those of another file's tests
 
 
 def panels(tree: Any) -> list[dict[str, Any]]:
