@@ -38,7 +38,7 @@ class Masks(Report):
 
         Weights are ordered by |w| / b over the network, as the learned thresholds express it; see `projection.keep_counts`.
         From here on `dense` keeps, of the dense weights, those that the mask removed, and zero elsewhere.
-        While it sorts the weights it takes, once, the memory of 1.7 copies of them more, and of 3.6 in half precision.
+        While it sorts the weights it takes, once, the memory of up to 1.7 copies of them more, and of 3.6 in half precision.
         """
         if self.frozen:
             return
