@@ -68,11 +68,16 @@ def network_of(run: str) -> nn.Sequential:
 class Run:
     """One process's part of a run: the network, wrapped or not, its optimizer and its pruner."""
 
-    def __init__(self, name: str, wrap: Wrap = lambda network: network) -> None:
+    def __init__(
+        self,
+        name: str,
+        wrap: Wrap = lambda network: network,
+        optimizer: Callable[[nn.Module], torch.optim.Optimizer] = published_sgd,
+    ) -> None:
         self.name = name
         self.network = network_of(name)
         self.model = wrap(self.network)
-        self.optimizer = published_sgd(self.model)
+        self.optimizer = optimizer(self.model)
         options = dict(RUNS[name])
         budget = options.pop("budget")
         self.pruner = Pruner(self.model, self.optimizer, budget, agreement_every=10, **options)
@@ -212,6 +217,35 @@ def test_one_all_reduce_per_step(tmp_path: Path) -> None:
     """Of four numbers for each of the four layers, whatever their size."""
     for results in on_two_ranks(tmp_path, count_reduces):
         assert results == {"ddp": ([16] * 12, 12), "fsdp2": ([16] * 12, 12)}
+
+
+class NestedSGD(torch.optim.SGD):
+    """An optimizer of the user's own, on top of torch's."""
+
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure)
+
+
+def nested_sgd(model: nn.Module) -> torch.optim.SGD:
+    return NestedSGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+
+
+def train_nested(rank: int) -> list[int]:
+    """Steps that the pruner counts under each wrapper; all else must be as with torch's own optimizer."""
+    found = []
+    for wrap in (DistributedDataParallel, shard):
+        results = []
+        for optimizer in (published_sgd, nested_sgd):
+            run = Run("track", wrap, optimizer)
+            run.train(0, STEPS, rank, WORLD)
+            results.append(run.result())
+        assert_same(results[0], results[1])
+        found.append(run.pruner.steps)
+    return found
+
+
+def test_an_optimizer_that_calls_its_base_class_takes_one_step(tmp_path: Path) -> None:
+    assert on_two_ranks(tmp_path, train_nested) == [[STEPS, STEPS]] * 2
 
 
 def disagree(rank: int) -> dict[str, str]:

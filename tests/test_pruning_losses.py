@@ -13,7 +13,9 @@ from asp_dist.pruning import Budget, Ramp
 from asp_dist.pruning.budget import NetworkCosts
 from asp_dist.pruning.control import LossControl, Observation
 from asp_dist.pruning.density import (
+    NEARBY,
     DensityModel,
+    LayerCounts,
     gaussian_density,
     gaussian_density_gradient,
     threshold_for_density,
@@ -67,15 +69,18 @@ def test_weight_threshold_is_clamped() -> None:
 
 @pytest.mark.parametrize("corrected", [False, True])
 def test_density_gradient_by_finite_differences(corrected: bool) -> None:
-    model = DensityModel(4, corrected=corrected)
-    thresholds, measured = vector(0.1, 0.8, 1.6, 2.5), vector(0.95, 0.3, 0.2, 0.001)
-    model.observe(thresholds, measured, torch.tensor([True, True, True, False]))
+    numel = torch.full((4,), 1e6, dtype=torch.float64)
+    model = DensityModel(numel, corrected=corrected)
+    thresholds, measured, nearby = vector(0.1, 0.8, 1.6, 2.5), vector(0.95, 0.3, 0.2, 0.001), vector(0.94, 0.28, 0.1, 0.0)
+    counts = LayerCounts(measured * numel, nearby * numel, vector(3.0, 3.0, 3.0, 3.0))
+    model.observe(thresholds, counts, torch.tensor([True, True, True, False]))
     h = 1e-6
     slope = (model.density(thresholds + h) - model.density(thresholds - h)) / (2 * h)
     torch.testing.assert_close(model.gradient(thresholds), slope, rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(model.threshold(model.density(thresholds)), thresholds, rtol=1e-7, atol=1e-7)
     if corrected:
-        assert model.density(thresholds)[:3].tolist() == pytest.approx([0.95, 0.3, 0.2])
+        assert model.density(thresholds)[:3].tolist() == pytest.approx([0.95, 0.3, 0.2], rel=1e-4)
+        assert model.density(NEARBY * thresholds)[:3].tolist() == pytest.approx([0.94, 0.28, 0.1], rel=1e-3)
         assert model.density(thresholds)[3].item() == pytest.approx(float(gaussian_density(thresholds)[3]))
     else:
         torch.testing.assert_close(model.gradient(thresholds), gaussian_density_gradient(thresholds))
@@ -86,9 +91,10 @@ def test_the_measured_density_of_a_layer_with_outliers(outlier: float) -> None:
     """One weight in a hundred makes σ: 1 % is kept at 4.9 σ as at 0.1 σ, far from what the Gaussian says of either."""
     weights = torch.cat([torch.linspace(-0.01, 0.01, 9900), torch.full((100,), outlier)]).double()
     for r in (4.9, 0.1):
-        kept = (weights.abs() > r * weights.std()).double().mean().reshape(1)
-        model = DensityModel(1, corrected=True)
-        model.observe(vector(r), kept, torch.tensor([True]))
+        count = (weights.abs() > r * weights.std()).double().sum().reshape(1)
+        model = DensityModel(vector(1e4), corrected=True)
+        for _ in range(10):
+            model.observe(vector(r), LayerCounts(count, count, vector(10.0)), torch.tensor([True]))
         assert model.density(vector(r)).item() == pytest.approx(0.01)
 
 
@@ -99,7 +105,7 @@ def observation(products: Tensor, lr: float = 0.1) -> Observation:
 def test_published_move_by_hand() -> None:
     """r ← r − lr·v, v ← 0.9·v + ∇; ∇ = −(σ/b)·Σ g·w + λ·∂loss/∂d·d'(r)."""
     limit = Budget.parameters(density=0.1).resolve(COSTS)
-    control = LossControl([limit], DensityModel(2, corrected=False), Ramp(), weight=10.0, lr=0.01)
+    control = LossControl([limit], DensityModel(vector(100, 300), corrected=False), Ramp(), weight=10.0, lr=0.01)
     thresholds, products = vector(1.0, 2.0), vector(3.0, -5.0)
     density = 0.25 * 0.317310508 + 0.75 * 0.045500264
     slopes = [-math.sqrt(2 / math.pi) * math.exp(-r * r / 2) for r in (1.0, 2.0)]
@@ -115,7 +121,7 @@ def test_published_move_by_hand() -> None:
 
 def test_threshold_learning_rate_follows_the_optimizer() -> None:
     limit = Budget.parameters(density=0.1).resolve(COSTS)
-    control = LossControl([limit], DensityModel(2, corrected=False), Ramp())
+    control = LossControl([limit], DensityModel(vector(100, 300), corrected=False), Ramp())
     assert control.learning_rate(0.1) == pytest.approx(0.001)
     low, high = (control.move(vector(1.0, 1.0), observation(vector(0.0, 0.0), lr)) for lr in (0.1, 0.3))
     assert not torch.equal(low, high)
@@ -123,7 +129,7 @@ def test_threshold_learning_rate_follows_the_optimizer() -> None:
 
 def test_no_task_gradient_where_the_threshold_is_clamped() -> None:
     limit = Budget.parameters(density=0.1).resolve(COSTS)
-    control = LossControl([limit], DensityModel(2, corrected=False), Ramp(), weight=0.0, lr=1.0)
+    control = LossControl([limit], DensityModel(vector(100, 300), corrected=False), Ramp(), weight=0.0, lr=1.0)
     assert control.move(vector(-0.1, 5.1), observation(vector(7.0, 7.0))).tolist() == [-0.1, 5.1]
 
 
@@ -131,7 +137,7 @@ def test_no_task_gradient_where_the_threshold_is_clamped() -> None:
 def test_bad_products_leave_thresholds_finite(bad: float) -> None:
     limit = Budget.parameters(density=0.1).resolve(COSTS)
     for ramp in (Ramp(), Ramp("cubic", total_steps=10)):
-        control = LossControl([limit], DensityModel(2, corrected=False), ramp)
+        control = LossControl([limit], DensityModel(vector(100, 300), corrected=False), ramp)
         moved = vector(1.0, 1.0)
         for _ in range(3):
             moved = control.move(moved, observation(vector(bad, 1.0)))

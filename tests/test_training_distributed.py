@@ -52,6 +52,10 @@ summary = train(config, world)
 found["bad"] = {k: summary[k] for k in ("sparsity", "bad_steps", "steps")}
 found["all"] = world.gather({"bad": summary["bad_steps"]})
 
+# The same in float16, where an overflow of the gradients alone would be the scaler's business; the epoch ends at that step.
+summary = train(small_config(folder, "half", training__precision="float16"), world)
+found["half"] = world.gather({k: summary[k] for k in ("bad_steps", "steps")})
+
 # Another error on rank 0 alone reaches every rank.
 def refuse():
     raise ValueError("no")
@@ -96,6 +100,11 @@ def test_bad_numbers_on_one_rank_are_skipped_by_all(outcome: tuple[Path, dict[st
     _, found = outcome
     assert found["bad"] == {"sparsity": pytest.approx(0.9, abs=5e-4), "bad_steps": 2, "steps": 12}
     assert found["all"] == [{"bad": 2}, {"bad": 2}]
+
+
+@pytest.mark.slow
+def test_a_loss_that_overflows_on_one_rank_in_float16_is_skipped_by_all(outcome: tuple[Path, dict[str, Any]]) -> None:
+    assert outcome[1]["half"] == [{"bad_steps": 1, "steps": 12}] * 2
 
 
 @pytest.mark.slow

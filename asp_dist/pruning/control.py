@@ -26,6 +26,7 @@ class Observation:
         sigmas: σ of the dense weights now, after the optimizer's step.
         lr: the optimizer's learning rate.
         step: number of optimizer steps done, this one not counted.
+        base_lr: the rate that the optimizer's schedule starts from or rises to; 0: there is none.
     """
 
     pruned_products: Tensor
@@ -33,6 +34,7 @@ class Observation:
     sigmas: Tensor
     lr: float
     step: int
+    base_lr: float = 0.0
 
 
 def targets_at(limits: Sequence[Limit], share: float) -> list[Tensor]:
@@ -119,7 +121,7 @@ class LossControl(Control):
         self.lr = lr
         self.momentum = momentum
         self.multiplier = multiplier
-        self.velocity = torch.zeros_like(model.shift)
+        self.velocity = torch.zeros_like(model.numel)
         self.integrals = [torch.zeros_like(limit.target_density) for limit in self.limits]
 
     @property
@@ -192,10 +194,10 @@ class LossControl(Control):
         return {
             "velocity": self.velocity,
             "integrals": [integral.clone() for integral in self.integrals],
-            "shift": self.model.shift,
+            "density": self.model.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.velocity = state["velocity"].clone()
         self.integrals = [integral.clone() for integral in state["integrals"]]
-        self.model.shift = state["shift"].clone()
+        self.model.load_state_dict(state["density"])

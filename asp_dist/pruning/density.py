@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,6 +11,14 @@ from torch import Tensor
 # Published bounds of the threshold r, in units of σ, and the ε that is added to the threshold in weight units.
 MAX_THRESHOLD = 5.0
 EPSILON = 1e-6
+# Ratio of the second threshold at which weights are counted to the first: near enough for a slope, far enough for a count.
+NEARBY = 1.05
+# Bounds on a layer's slope in units of the Gaussian's. A layer of uniform weights has 250 at a density of 0.001.
+STEEPNESS = (0.1, 1000.0)
+# Weights, kept or removed, at which a count moves the model half way: the variance of a count's logit is about one over it.
+EVIDENCE = 4.0
+# Layers' means that chance would give to fresh weights less often than this belong to a trained network.
+FRESH_PROBABILITY = 1e-6
 
 
 def gaussian_density(thresholds: Tensor) -> Tensor:
@@ -32,36 +41,114 @@ def weight_threshold(thresholds: Tensor, sigmas: Tensor) -> Tensor:
     return thresholds.clamp(0.0, MAX_THRESHOLD) * sigmas + EPSILON
 
 
-class DensityModel:
-    """Densities as functions of the thresholds: the Gaussian estimate, corrected by what was counted.
+def means_are_chance(means: Tensor, sigmas: Tensor, numel: Tensor) -> bool:
+    """Whether the layers' means, [L], are what chance leaves in freshly drawn weights.
 
-    Weights are not normal, so each layer's logit of the Gaussian density is shifted by the difference to the logit of the
-    density last measured. The shift changes slowly, while thresholds and σ move at every step. Its bound of ±15 leaves room for
-    layers in which a few large weights make σ: there, the largest threshold may keep 1 % where the estimate says 0.00006 %.
+    A mean of n independent weights is normal with standard deviation σ/√n, so the sum of the squared means, each in its own
+    unit, follows a chi-squared distribution with L degrees of freedom. Training moves layers' means far out of it.
+    """
+    standardized = means * numel.sqrt() / sigmas.clamp_min(1e-30)
+    probability = torch.special.gammaincc(torch.tensor(means.numel() / 2.0).double(), standardized.square().sum() / 2.0)
+    return bool(probability > FRESH_PROBABILITY)
 
-    Args:
-        layers: number of layers L.
-        corrected: False leaves the Gaussian estimate as published.
+
+@dataclass(frozen=True)
+class LayerCounts:
+    """What was counted in the L layers, over all ranks; float64 [L].
+
+    Attributes:
+        kept: weights above the threshold.
+        nearby: weights above `NEARBY` times the threshold.
+        largest: the largest |w|, in units of σ.
     """
 
-    def __init__(self, layers: int, *, corrected: bool) -> None:
+    kept: Tensor
+    nearby: Tensor
+    largest: Tensor
+
+
+class DensityModel:
+    """Densities as functions of the thresholds: the Gaussian estimate, bent to what was counted.
+
+    Weights are not normal. So each layer's logit of the Gaussian density is stretched and shifted, to
+    ``logit d = steepness·logit(gaussian) + shift``, such that the curve has the counted density at the counted threshold, and
+    the counted slope between it and a threshold `NEARBY` times as high. The slope matters: corrected by a shift alone, layers
+    with light tails (uniform weights below 15 % density, for one) are corrected by more than twice what is needed, and their
+    density swings up and down from count to count.
+
+    Args:
+        numel: float64 [L], weights of each layer.
+        corrected: False leaves the Gaussian estimate as published.
+
+    Attributes:
+        anchor: float64 [L], the thresholds at which each layer was counted last, in units of σ.
+        fresh: bool [L], the layers that the last call of `observe` counted.
+    """
+
+    _STATE = ("steepness", "shift", "anchor", "kept", "nearby", "largest", "fresh")
+
+    def __init__(self, numel: Tensor, *, corrected: bool) -> None:
         self.corrected = corrected
-        self.shift = torch.zeros(layers, dtype=torch.float64)
+        self.numel = numel
+        self.steepness = torch.ones_like(numel)
+        self.shift = torch.zeros_like(numel)
+        self.anchor = torch.zeros_like(numel)
+        self.kept = torch.ones_like(numel)
+        self.nearby = torch.ones_like(numel)
+        self.largest = torch.full_like(numel, MAX_THRESHOLD)
+        self.fresh = torch.ones_like(numel, dtype=torch.bool)
 
     @staticmethod
     def _logit(density: Tensor) -> Tensor:
         return torch.logit(density, eps=1e-9)
 
-    def observe(self, thresholds: Tensor, measured: Tensor, where: Tensor) -> None:
-        """Take in measured densities [L] at `thresholds` [L], for the layers in the boolean mask `where` [L]."""
-        if self.corrected:
-            shift = self._logit(measured) - self._logit(gaussian_density(thresholds))
-            self.shift = torch.where(where, shift.clamp(-15.0, 15.0), self.shift)
+    def observe(self, thresholds: Tensor, counts: LayerCounts, where: Tensor) -> None:
+        """Take in the counts of the layers in the boolean mask `where` [L], made at `thresholds` [L] = b/σ."""
+        self.fresh = where
+        kept, nearby = counts.kept / self.numel, counts.nearby / self.numel
+        # A count says no more than that the density lies half a weight inside of 0 and 1.
+        half = 0.5 / self.numel
+        level, next_level = (self._logit(d.clamp(half, 1.0 - half)) for d in (kept, nearby))
+        here, further = (self._logit(gaussian_density(t)) for t in (thresholds, NEARBY * thresholds))
+        # Equal counts tell nothing of the slope; an old steep one would hold the layer where it is.
+        known = (nearby < kept) & (kept < 1.0)
+        secant = (next_level - level) / (further - here).clamp(max=-1e-12)
+        steepness = torch.where(known, secant.clamp(*STEEPNESS), self.steepness.sqrt())
+        # A logit of few weights is mostly chance: the curve follows a count by as much as it has to say.
+        evidence = torch.minimum(counts.kept, self.numel - counts.kept) + 0.5
+        believed = self.steepness * here + self.shift
+        # Empty or whole is no reason to correct a curve that says the same.
+        level = torch.where(counts.kept == 0, level.minimum(believed), level)
+        level = torch.where(counts.kept == self.numel, level.maximum(believed), level)
+        level = believed + evidence / (evidence + EVIDENCE) * (level - believed)
+        new = (steepness, level - steepness * here, thresholds, kept, nearby, counts.largest)
+        old = (self.steepness, self.shift, self.anchor, self.kept, self.nearby, self.largest)
+        self.steepness, self.shift, self.anchor, self.kept, self.nearby, self.largest = (
+            torch.where(where, a, b) for a, b in zip(new, old)
+        )
+
+    def ceiling(self, floors: Tensor) -> Tensor:
+        """Thresholds [L] that leave each layer its density in `floors` [L], as far as the last counts tell.
+
+        Near a layer's largest weight, at e, the density falls steeply: as a power p of the distance to it, d ∝ (e − x)^p.
+        The power is counted where the second count tells it; 2 otherwise, which comes nearer from count to count for any p < 4.
+        No threshold reaches the largest weight, so no layer is ever emptied.
+        """
+        edge = self.largest.clamp(max=MAX_THRESHOLD)
+        gap, next_gap = edge - self.anchor, edge - NEARBY * self.anchor
+        kept, nearby = self.kept.clamp_min(0.5 / self.numel), self.nearby
+        known = (nearby > 0) & (nearby < kept) & (next_gap > 0)
+        power = torch.log(kept / nearby.clamp_min(1e-300)) / torch.log(gap / next_gap.clamp_min(1e-300)).clamp_min(
+            1e-12
+        )
+        power = torch.where(known, power.clamp(1.0, 50.0), torch.full_like(power, 2.0))
+        ceiling = edge - gap.clamp_min(0.0) * (floors / kept).pow(1.0 / power)
+        return ceiling.minimum(edge * (1.0 - 1e-3))
 
     def density(self, thresholds: Tensor) -> Tensor:
         """Density of each layer, [L], at `thresholds` [L] in units of σ."""
         gaussian = gaussian_density(thresholds)
-        return torch.sigmoid(self._logit(gaussian) + self.shift) if self.corrected else gaussian
+        return torch.sigmoid(self.steepness * self._logit(gaussian) + self.shift) if self.corrected else gaussian
 
     def gradient(self, thresholds: Tensor) -> Tensor:
         """Derivative of `density` by each layer's threshold, [L]."""
@@ -70,10 +157,19 @@ class DensityModel:
             return slope
         gaussian = gaussian_density(thresholds).clamp(1e-9, 1.0 - 1e-9)
         density = self.density(thresholds)
-        return slope * density * (1.0 - density) / (gaussian * (1.0 - gaussian))
+        return self.steepness * slope * density * (1.0 - density) / (gaussian * (1.0 - gaussian))
 
     def threshold(self, densities: Tensor) -> Tensor:
         """The thresholds at which `density` is `densities` [L], in (0, 1]."""
         if self.corrected:
-            densities = torch.sigmoid(self._logit(densities) - self.shift)
+            densities = torch.sigmoid((self._logit(densities) - self.shift) / self.steepness)
         return threshold_for_density(densities.clamp(min=5e-8))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What the counts so far have made of the model."""
+        return {name: getattr(self, name).clone() for name in self._STATE}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore `state_dict`."""
+        for name in self._STATE:
+            setattr(self, name, state[name].clone())

@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 PrunableNames = Callable[[nn.Module], Iterator[str]]
 
@@ -195,3 +196,16 @@ def _all_weights(model: nn.Module) -> tuple[list[WeightInfo], list[str]]:
             found.append(WeightInfo(name, module_name, parameter, type(module).__name__))
             refusals.append(refusal or computed)
     return found, refusals
+
+
+def check_trained(weights: Sequence[WeightInfo], optimizer: Optimizer) -> None:
+    """Raise `ValueError` where `optimizer` does not train one of `weights`: it would be pruned, and never change otherwise."""
+    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    missing = [info.name for info in weights if id(info.parameter) not in trained]
+    if missing:
+        listed = ", ".join(repr(name) for name in missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise ValueError(
+            f"{type(optimizer).__name__} does not train {len(missing)} of the {len(weights)} layers to prune ({listed}), so "
+            "they would never change: give it their parameters, freeze them (requires_grad_(False)), or exclude them by name "
+            "(exclude=...)"
+        )

@@ -107,6 +107,19 @@ def scale_pruned_gradient_(gradient: Tensor | None, pruned: Tensor, scale: float
             some.copy_(torch.where(zeros == 0, some * scale, some))
 
 
+def count_above(weights: Tensor, threshold: float) -> Tensor:
+    """Number of weights with |w| > threshold of a flat tensor, as a scalar integer tensor."""
+    return torch.stack([torch.count_nonzero(some.abs() > threshold) for (some,) in blocks(weights)]).sum()
+
+
+def largest(weights: Tensor) -> Tensor:
+    """The largest |w| of a flat tensor, as a scalar; 0 if it has none."""
+    if not weights.numel():
+        return weights.new_zeros(())
+    low, high = torch.aminmax(weights)
+    return torch.maximum(high, -low)
+
+
 def moments(weights: Tensor) -> tuple[Tensor, Tensor]:
     """(Σw, Σw²) of a flat tensor, as scalars; each one pass at memory bandwidth."""
     if _is_half(weights):

@@ -41,6 +41,8 @@ class LayerShard:
         dense: the dense weights, in the parameter's local shape and memory format.
         pruned: the tensor that the forward pass uses.
         replication: on how many ranks of the world each weight of this layer is held.
+        shards: into how many shards the layer is cut; 1 if it is replicated.
+        shard: which of them this rank has.
     """
 
     def __init__(self, info: WeightInfo, world_size: int) -> None:
@@ -59,6 +61,8 @@ class LayerShard:
                     self.shard_group = parameter.device_mesh.get_group(mesh_dim)
                     shards = parameter.device_mesh.size(mesh_dim)
         self.replication = world_size / shards
+        self.shards = shards
+        self.shard = 0 if self.shard_group is None else dist.get_rank(self.shard_group)
 
     @property
     def parameter(self) -> nn.Parameter:

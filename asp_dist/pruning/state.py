@@ -20,6 +20,9 @@ class PrunerState(Masks):
     def _write_pruned(self, means: Tensor | None) -> None:
         raise NotImplementedError
 
+    def _count_layers(self) -> Tensor:
+        raise NotImplementedError
+
     @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs beside the model's own state: plain types and tensors of whole layers.
@@ -30,6 +33,7 @@ class PrunerState(Masks):
             "steps": self.steps,
             "frozen": self.frozen,
             "skipped": self.skipped,
+            "center": self.center,
             "thresholds": self.thresholds.clone(),
             "sigmas": self.sigmas.clone(),
             "measured": self.measured.clone(),
@@ -52,6 +56,7 @@ class PrunerState(Masks):
         for shard in self.shards:
             shard.scatter_(state["dense"][shard.info.name].to(self.device), shard.dense)
         self.steps, self.frozen, self.skipped = state["steps"], state["frozen"], state["skipped"]
+        self.center = state["center"]
         self.thresholds, self.sigmas = state["thresholds"].clone(), state["sigmas"].clone()
         self.measured, self._count_from = state["measured"].clone(), state["count_from"]
         self.control.load_state_dict(state["control"])
@@ -63,5 +68,5 @@ class PrunerState(Masks):
                     f"layer {shard.info.name!r}: the model's weights are not those of the frozen mask. Building a Pruner "
                     "prunes the model: load the model's state after that, and before the pruner's"
                 )
-        self._local_counts = self._count_all()
+        self._local_counts = self._count_layers()
         self._fresh = state["fresh"].clone()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from asp_dist.pruning.budget import Limit
 from asp_dist.pruning.control import Control, Observation
-from asp_dist.pruning.density import MAX_THRESHOLD, DensityModel, threshold_for_density
+from asp_dist.pruning.density import NEARBY, DensityModel, threshold_for_density
 from asp_dist.pruning.schedule import Ramp
 
 Allocation = Literal["uniform", "magnitude", "erk"]
@@ -52,12 +52,13 @@ class TrackControl(Control):
         allocation: where the allocation starts.
         shapes: shapes of the layers' weights, for ``erk``.
         floors: smallest density of each layer, float64 [L].
-        rate: change of log b per step of a layer one standard deviation above the mean, at the optimizer's first learning
-            rate; it follows the learning rate's schedule. 0 keeps the starting allocation.
+        rate: change of log b per step of a layer one standard deviation above the mean, at the peak of the optimizer's
+            learning rate; it follows the learning rate's schedule. 0 keeps the starting allocation.
         momentum: smoothing of the task's signal.
     """
 
     max_alpha = 1.5
+    max_move = NEARBY - 1.0  # of a threshold between two counts, in units of σ, beside what the schedule asks for
     penalty_gain = 0.5
 
     def __init__(
@@ -81,11 +82,12 @@ class TrackControl(Control):
         self.floors = floors
         self.rate = rate
         self.momentum = momentum
-        self.alpha = torch.zeros_like(model.shift)
-        self.signal = torch.zeros_like(model.shift)
+        self.alpha = torch.zeros_like(model.numel)
+        self.signal = torch.zeros_like(model.numel)
         self.penalties = [0.0 for _ in limits[1:]]
         self.log_kappa: float | None = None
-        self.first_lr: float | None = None
+        self.peak_lr = 0.0
+        self.asked = torch.zeros_like(model.numel)
         if allocation == "erk":
             density = float(limits[0].target_density.mean())
             erk = torch.tensor(erk_densities(shapes, density), dtype=torch.float64).clamp(max=0.99)
@@ -104,18 +106,20 @@ class TrackControl(Control):
         return base * exponent.exp()
 
     def start(self, sigmas: Tensor) -> Tensor:
-        return self._solve(sigmas, 0)
+        unbounded = torch.full_like(sigmas, torch.inf)
+        return self._solve(sigmas, 0, -unbounded, unbounded)
 
     def _cost(self, thresholds: Tensor) -> float:
         densities = torch.maximum(self.model.density(thresholds), self.floors)
         return float(self.limits[0].density(densities))
 
-    def _solve(self, sigmas: Tensor, step: int) -> Tensor:
-        """Thresholds at which the first budget's scheduled target holds under the density model."""
+    def _solve(self, sigmas: Tensor, step: int, lowest: Tensor, highest: Tensor) -> Tensor:
+        """Thresholds in [lowest, highest] at which the first budget's scheduled target holds under the density model."""
         target = self.targets(step)[0]
-        ceiling = self.model.threshold(self.floors.clamp_min(1e-7)).clamp(max=MAX_THRESHOLD)
+        ceiling = self.model.ceiling(self.floors).minimum(highest)
+        floor = lowest.clamp_min(0.0)
         if self.limits[0].scope == "layer":
-            return torch.minimum(self.model.threshold(target), ceiling).clamp_min(0.0)
+            return torch.maximum(torch.minimum(self.model.threshold(target), ceiling), floor)
         goal = float(target)
         if goal >= 1.0 - 1e-9:
             self.log_kappa = None
@@ -123,7 +127,7 @@ class TrackControl(Control):
         base = self._base(sigmas)
 
         def thresholds(log_kappa: float) -> Tensor:
-            return torch.minimum(math.exp(log_kappa) * base, ceiling)
+            return torch.maximum(torch.minimum(math.exp(log_kappa) * base, ceiling), floor)
 
         # Bracket around the last solution, then regula falsi (Illinois) on a monotone function: a handful of evaluations.
         middle = self.log_kappa if self.log_kappa is not None else -math.log(float(base.median()))
@@ -133,6 +137,9 @@ class TrackControl(Control):
             low, width = low - width, 2 * width
         while (f_high := self._cost(thresholds(high)) - goal) > 0 and high < middle + 60:
             high, width = high + width, 2 * width
+        if f_low < 0 or f_high > 0:
+            # The bounds allow no such thresholds now: as near as they do, and from the same place again after the next step.
+            return thresholds(low if f_low < 0 else high)
         x = middle
         for _ in range(60):
             x = high - f_high * (high - low) / (f_high - f_low) if f_high != f_low else 0.5 * (low + high)
@@ -149,15 +156,25 @@ class TrackControl(Control):
     def move(self, thresholds: Tensor, seen: Observation) -> Tensor:
         products = torch.nan_to_num(seen.pruned_products, nan=0.0, posinf=0.0, neginf=0.0)
         self.signal = self.momentum * self.signal - (1.0 - self.momentum) * products
-        if self.first_lr is None:
-            self.first_lr = seen.lr
+        # The first steps' rate may be a warm-up's, which is no measure of anything.
+        self.peak_lr = max(self.peak_lr, seen.lr, seen.base_lr)
         if self.rate and self.ramp.share(seen.step) > 0:
-            self._learn(thresholds, self.rate * seen.lr / max(self.first_lr, 1e-30))
+            self._learn(thresholds, self.rate * seen.lr / max(self.peak_lr, 1e-30))
         densities = self.model.density(thresholds)
         for i, (limit, target) in enumerate(zip(self.limits[1:], self.targets(seen.step)[1:])):
             excess = float(limit.density(densities) / target) - 1.0
             self.penalties[i] = min(max(self.penalties[i] + self.penalty_gain * excess, 0.0), 6.0)
-        return self._solve(seen.sigmas, seen.step + 1)
+        return self._solve(seen.sigmas, seen.step + 1, *self._bounds(seen.step))
+
+    def _bounds(self, step: int) -> tuple[Tensor, Tensor]:
+        """How far each layer's threshold may be from where its weights were counted last, for the move after `step`."""
+        now, then = (threshold_for_density(self.targets(s)[0]).expand_as(self.asked) for s in (step, step + 1))
+        self.asked = torch.where(self.model.fresh, now, self.asked)
+        anchor = self.model.anchor
+        # Under one factor for all layers, thresholds move in proportion to their size.
+        scheduled = 2.0 * (then - self.asked).abs() * (anchor / self.asked.clamp_min(0.1)).clamp_min(1.0)
+        bound = self.max_move * anchor.clamp_min(1.0) + scheduled
+        return anchor - bound, anchor + bound
 
     def _learn(self, thresholds: Tensor, rate: float) -> None:
         """One bounded step of the allocation along directions that keep the budget."""
@@ -180,14 +197,16 @@ class TrackControl(Control):
         return {
             "alpha": self.alpha,
             "signal": self.signal,
-            "shift": self.model.shift,
+            "density": self.model.state_dict(),
             "penalties": list(self.penalties),
             "log_kappa": self.log_kappa,
-            "first_lr": self.first_lr,
+            "peak_lr": self.peak_lr,
+            "asked": self.asked.clone(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.alpha, self.signal = state["alpha"].clone(), state["signal"].clone()
-        self.model.shift = state["shift"].clone()
+        self.model.load_state_dict(state["density"])
         self.penalties = list(state["penalties"])
-        self.log_kappa, self.first_lr = state["log_kappa"], state["first_lr"]
+        self.log_kappa, self.peak_lr = state["log_kappa"], state["peak_lr"]
+        self.asked = state["asked"].clone()

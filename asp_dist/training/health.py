@@ -24,9 +24,18 @@ class BadNumbers(ArithmeticError):  # noqa: N818
 
 @dataclass(frozen=True)
 class Orders:
-    """What all ranks do after this step's gradients: skip the update, stop, save."""
+    """What all ranks do after this step's gradients: skip the update, stop, save.
+
+    Attributes:
+        bad: some rank's loss or gradients are not finite.
+        bad_loss: some rank's loss is not; one rank's gradients reach all ranks, its loss reaches them by this alone.
+        stop: why to stop after this step; None: go on.
+        save: whether a checkpoint is due.
+        norm: the gradients' norm.
+    """
 
     bad: bool
+    bad_loss: bool
     stop: str | None
     save: bool
     norm: float
@@ -38,7 +47,7 @@ def whole(norm: Tensor) -> Tensor:
 
 
 def agree(run: Run, loss: Tensor, norm: Tensor, *, checkpoint_due: bool) -> Orders:
-    """Let the ranks agree, in one all-reduce of four numbers and one copy to the host.
+    """Let the ranks agree, in one all-reduce of four flags and one copy to the host.
 
     Args:
         run: the run; its hooks are asked whether to stop.
@@ -47,11 +56,12 @@ def agree(run: Run, loss: Tensor, norm: Tensor, *, checkpoint_due: bool) -> Orde
         checkpoint_due: whether this rank's clock asks for a checkpoint.
     """
     code = _stop_code(run)
-    bad = ~(norm.isfinite() & loss.isfinite())
-    flags = torch.stack([bad.float(), loss.new_tensor(code), loss.new_tensor(float(checkpoint_due))])
+    bad_loss = ~loss.isfinite()
+    bad = bad_loss | ~norm.isfinite()
+    flags = torch.stack([bad.float(), bad_loss.float(), loss.new_tensor(code), loss.new_tensor(float(checkpoint_due))])
     values = torch.cat([run.world.max_(flags), norm.float().reshape(1)]).tolist()
-    stop = REASONS[int(values[1]) - 1] if values[1] else None
-    return Orders(bad=bool(values[0]), stop=stop, save=bool(values[2]), norm=values[3])
+    stop = REASONS[int(values[2]) - 1] if values[2] else None
+    return Orders(bool(values[0]), bool(values[1]), stop, bool(values[3]), values[4])
 
 
 def raise_if_stopped(run: Run) -> None:
@@ -92,16 +102,20 @@ def check_layers(run: Run, rows: list[dict[str, Any]]) -> None:
     run.frozen_sparsity = pruned
 
 
-def skip_step(run: Run, loss: Tensor) -> None:
+def skip_step(run: Run, *, bad_loss: bool) -> None:
     """Count a bad step and leave the weights alone; batch norm forgets the batch.
 
     With float16 a gradient that overflows at a scale above 1 is the scaler's business: the scale falls, and nothing counts.
+
+    Args:
+        run: the run.
+        bad_loss: whether some rank's loss is not finite; the same on every rank, as is what follows from it.
 
     Raises:
         BadNumbers: ``training.max_bad_steps`` in a row; names the layers.
     """
     run.buffers.restore()
-    if run.scaler is not None and run.scaler.get_scale() > 1.0 and bool(loss.isfinite()):
+    if run.scaler is not None and run.scaler.get_scale() > 1.0 and not bad_loss:
         run.tracker.log(run.step + 1, {"kind": "event", "event": "scale", "message": "float16 gradients overflowed"})
         return
     run.bad_steps += 1

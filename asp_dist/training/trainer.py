@@ -119,7 +119,7 @@ def train_step(run: Run, batches: Batches) -> health.Orders:
     norm = get_total_norm(gradients)
     orders = health.agree(run, loss, health.whole(norm), checkpoint_due=checkpointing.due(run))
     if orders.bad:
-        health.skip_step(run, loss)
+        health.skip_step(run, bad_loss=orders.bad_loss)
     else:
         if run.config.optimizer.clip_grad is not None:
             clip_grads_with_norm_(run.model.parameters(), run.config.optimizer.clip_grad, norm)
