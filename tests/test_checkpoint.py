@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -115,10 +116,54 @@ def test_damage_is_named_and_the_one_before_is_used(tmp_path: Path, file: str, d
     damage(tmp_path / "step-00000002" / file)
     keeper = Keeper(store, "mine", keep=2)
     latest = keeper.latest()
-    assert latest is not None and latest[0] == "step-00000001"
-    assert float(latest[2]["model"]["fc.weight"][0, 0]) == 1.0
+    assert latest is not None and latest.name == "step-00000001"
+    assert float(latest.state["model"]["fc.weight"][0, 0]) == 1.0
     (event,) = keeper.events()
     assert event.kind == "warning" and "step-00000002" in event.message and file in event.message
+
+
+def test_checkpoints_after_a_fall_back_are_kept(tmp_path: Path) -> None:
+    """Step 4000 is the best; 4500 and 5000 rot; the run resumes from 4000 and saves on."""
+    store = LocalStore(tmp_path)
+    keeper = Keeper(store, "mine", keep=2)
+    for step in (4000, 4500, 5000):
+        keep(keeper, step, best=step == 4000)
+    keeper.wait()
+    for step in (4500, 5000):
+        damage_bit(tmp_path / f"step-0000{step}" / "model.safetensors")
+    kept = (tmp_path / "step-00005000" / "model.safetensors").read_bytes()
+    for last in (4300, 4600):  # a second restart finds what the first one saved
+        keeper = Keeper(store, "mine", keep=2)
+        assert keeper.latest() is not None
+        for step in (last - 200, last - 100, last):
+            keep(keeper, step)
+            keeper.wait()
+            assert f"step-0000{step}" in store.names()
+    assert store.names() == ["step-00004000", "step-00004500", "step-00004600"]
+    assert (tmp_path / "bad-step-00005000" / "model.safetensors").read_bytes() == kept
+
+
+def test_what_cannot_be_read_now_is_neither_skipped_nor_moved_with_a_patched_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = LocalStore(tmp_path, waits=(0.01, 0.01))
+    for step in (1, 2):
+        save(store, step, float(step))
+    original, failures = Path.read_bytes, [2]
+
+    def failing(path: Path) -> bytes:
+        if path.parent.name == "step-00000002" and failures[0]:
+            failures[0] -= 1
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return original(path)
+
+    monkeypatch.setattr(Path, "read_bytes", failing)
+    latest = Keeper(store, "mine", keep=2).latest()  # it answers at the third attempt
+    assert latest is not None and latest.name == "step-00000002"
+    failures[0] = 1000
+    with pytest.raises(OSError, match=r"step-00000002 cannot be read now .*Input/output error.*start again"):
+        Keeper(store, "mine", keep=2).latest()
+    assert store.names() == ["step-00000001", "step-00000002"]
 
 
 def test_nothing_usable_is_an_error_not_a_new_start(tmp_path: Path) -> None:
@@ -135,8 +180,10 @@ def test_another_runs_checkpoint_is_not_used(tmp_path: Path) -> None:
     save(store, 2, run="other")
     keeper = Keeper(store, "mine", 2)
     latest = keeper.latest()
-    assert latest is not None and latest[1].step == 1
+    assert latest is not None and latest.manifest.step == 1
     assert "belongs to another run" in keeper.events()[0].message
+    assert store.names() == ["step-00000001"]
+    assert load_file(tmp_path / "bad-step-00000002" / "model.safetensors")["fc.weight"].shape == (3, 5)
 
 
 def test_a_pickle_in_place_of_a_checkpoint_is_not_run(tmp_path: Path) -> None:
@@ -172,7 +219,7 @@ def test_saving_copies_the_state_at_once(tmp_path: Path) -> None:
     tree["model"]["fc.weight"].fill_(9.0)  # the training goes on
     keeper.wait()
     latest = keeper.latest()
-    assert latest is not None and float(latest[2]["model"]["fc.weight"].max()) == 1.0
+    assert latest is not None and float(latest.state["model"]["fc.weight"].max()) == 1.0
 
 
 def test_bad_weights_are_never_a_checkpoint(tmp_path: Path) -> None:

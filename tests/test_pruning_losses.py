@@ -71,7 +71,11 @@ def test_weight_threshold_is_clamped() -> None:
 def test_density_gradient_by_finite_differences(corrected: bool) -> None:
     numel = torch.full((4,), 1e6, dtype=torch.float64)
     model = DensityModel(numel, corrected=corrected)
-    thresholds, measured, nearby = vector(0.1, 0.8, 1.6, 2.5), vector(0.95, 0.3, 0.2, 0.001), vector(0.94, 0.28, 0.1, 0.0)
+    thresholds, measured, nearby = (
+        vector(0.1, 0.8, 1.6, 2.5),
+        vector(0.95, 0.3, 0.2, 0.001),
+        vector(0.94, 0.28, 0.1, 0.0),
+    )
     counts = LayerCounts(measured * numel, nearby * numel, vector(3.0, 3.0, 3.0, 3.0))
     model.observe(thresholds, counts, torch.tensor([True, True, True, False]))
     h = 1e-6

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import shutil
 import socket
@@ -113,8 +115,6 @@ def remote(address: str) -> RemoteStore:
 
 def stored(config: Config, address: str) -> Config:
     """`config` with the object store."""
-    import dataclasses
-
     return dataclasses.replace(config, output=OutputConfig(dir=config.output.dir, storage=address))
 
 
@@ -144,7 +144,19 @@ def test_s3_holds_the_last_and_the_best(address: str) -> None:
     keeper.wait()
     assert keeper.store.names() == ["step-00000002", "step-00000004", "step-00000005"]
     latest = keeper.latest()
-    assert latest is not None and torch.equal(latest[2]["model"]["fc.weight"], torch.full((3, 5), 5.0))
+    assert latest is not None and torch.equal(latest.state["model"]["fc.weight"], torch.full((3, 5), 5.0))
+    # One that is damaged is set aside, with all its files.
+    system, path = keeper.store.system, keeper.store.path  # type: ignore[attr-defined]
+    with system.open_output_stream(f"{path}/step-00000005/model.safetensors") as stream:
+        stream.write(b"rotten")
+    latest = keeper.latest()
+    assert latest is not None and latest.name == "step-00000004"
+    assert keeper.store.names() == ["step-00000002", "step-00000004"]
+    with system.open_input_stream(f"{path}/bad-step-00000005/model.safetensors") as stream:
+        assert bytes(stream.read()) == b"rotten"
+    keep(keeper, 5)
+    keeper.wait()
+    assert keeper.store.names() == ["step-00000002", "step-00000004", "step-00000005"]
     # One without its manifest is none, and goes.
     stream = keeper.store.write("step-00000009", "model.safetensors")
     stream.write(b"half")
@@ -200,3 +212,83 @@ def test_a_run_goes_on_from_s3_where_its_folder_is_gone(address: str, tmp_path: 
     system, path = open_storage(address)
     with system.open_input_stream(f"{path}/run/model.safetensors") as stream:
         assert bytes(stream.read()) == (run_dir(whole) / "model.safetensors").read_bytes()
+
+
+def rows_of(config: Config, kind: str = "train") -> list[int]:
+    return [row["step"] for row in read_rows(run_dir(config) / "metrics.jsonl") if row["kind"] == kind]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("change", ["added", "dropped", "moved"])
+def test_a_run_goes_on_where_its_storage_changes(change: str, address: str, tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    whole, local = small_config(tmp_path / "a"), small_config(tmp_path / "b")
+    other = stored(local, address.replace("/test-", "/moved-test-"))
+    first, second = {
+        "added": (local, stored(local, address)),
+        "dropped": (stored(local, address), local),
+        "moved": (stored(local, address), other),
+    }[change]
+    train(whole, World())
+    with pytest.raises(Stopped):
+        train(first, World(), StopAt(6))
+    with pytest.raises(Stopped):
+        train(second, World(), StopAt(2))  # it saves in the new place at once
+    train(second, World())
+    assert (run_dir(second) / "model.safetensors").read_bytes() == (run_dir(whole) / "model.safetensors").read_bytes()
+    assert rows_of(second) == [2, 4, 6, 8, 10, 12]
+    messages = [row["message"] for row in read_rows(run_dir(second) / "metrics.jsonl") if row.get("event") == "resume"]
+    assert len(messages) == 2 and "of 12 steps" in messages[0]
+
+
+@pytest.mark.slow
+def test_an_old_place_that_does_not_answer_is_no_reason_to_start_over(
+    address: str, proxy: Proxy, tmp_path: Path
+) -> None:
+    torch.set_num_threads(1)
+    local = small_config(tmp_path)
+    with pytest.raises(Stopped):
+        train(stored(local, address), World(), StopAt(6))
+    before = rows_of(local)
+    proxy.down = True
+    with pytest.raises(OSError, match="where this run has had checkpoints, cannot be listed now"):
+        train(local, World())
+    assert rows_of(local) == before and before
+    proxy.down = False
+    shutil.rmtree(run_dir(local) / "checkpoints", ignore_errors=True)
+    system, path = open_storage(address)
+    system.delete_dir(f"{path}/run/checkpoints")
+    with pytest.raises(UserError, match=r"has the record of a run .* but no checkpoint is left in"):
+        train(local, World())
+    assert rows_of(local) == before
+
+
+@pytest.mark.slow
+def test_a_machine_with_an_old_folder_takes_the_longer_record(address: str, tmp_path: Path) -> None:
+    """The run begins here, moves to another machine, and comes back."""
+    torch.set_num_threads(1)
+    here, there = (stored(small_config(tmp_path / name), address) for name in ("here", "there"))
+    with pytest.raises(Stopped):
+        train(here, World(), StopAt(5))
+    with pytest.raises(Stopped):
+        train(there, World(), StopAt(6))  # two of them in the validation
+    assert rows_of(there)[-1] > rows_of(here)[-1]
+    train(here, World())
+    assert rows_of(here) == [2, 4, 6, 8, 10, 12]
+    system, path = open_storage(address)
+    with system.open_input_stream(f"{path}/run/metrics.jsonl") as stream:
+        steps = [json.loads(line)["step"] for line in bytes(stream.read()).splitlines()]
+    assert set(rows_of(here)) <= set(steps)
+    assert (run_dir(here) / "metrics.jsonl.stale").is_file()
+
+
+@pytest.mark.slow
+def test_another_run_of_the_same_name_in_the_store_is_refused(address: str, tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    mine, theirs = small_config(tmp_path / "mine"), small_config(tmp_path / "theirs")
+    with pytest.raises(Stopped):
+        train(stored(theirs, address), World(), StopAt(3))
+    with pytest.raises(Stopped):
+        train(mine, World(), StopAt(3))
+    with pytest.raises(UserError, match="has another run called 'run'"):
+        train(stored(mine, address), World())

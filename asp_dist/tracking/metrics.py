@@ -56,7 +56,8 @@ def read_rows(path: Path) -> list[Row]:
 class MetricsFile:
     """Appends rows to ``metrics.jsonl`` and flushes each, so that a kill loses none that was written.
 
-    Opening it drops the rows after `resume_step`, which the resumed run writes again, and a half-written last line.
+    Opening it moves the rows after `resume_step`, which the resumed run writes again, and a half-written last line to
+    ``metrics.dropped.jsonl``.
     A train or eval row whose step is not above the last one of its kind is dropped: no step appears twice.
     """
 
@@ -87,7 +88,10 @@ class MetricsFile:
 
 
 def _truncate(path: Path, resume_step: int) -> list[Row]:
-    """Cut the file at the first row that is broken or lies after `resume_step`; return the rows before it."""
+    """Cut the file at the first row that is broken or lies after `resume_step`; return the rows before it.
+
+    What is cut off is kept in the file's ``.dropped`` twin.
+    """
     kept: list[Row] = []
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -100,8 +104,26 @@ def _truncate(path: Path, resume_step: int) -> list[Row]:
                 break
             kept.append(row)
             end += len(line)
-    os.truncate(path, end)
+        file.seek(end)
+        rest = file.read()
+    if rest:
+        with path.with_name(dropped_name(path.name)).open("ab") as dropped:
+            dropped.write(rest if rest.endswith(b"\n") else rest + b"\n")
+            dropped.flush()
+            os.fsync(dropped.fileno())
+        os.truncate(path, end)
     return kept
+
+
+def dropped_name(name: str) -> str:
+    """Where the rows go that a resumed run writes again: ``metrics.dropped.jsonl`` for ``metrics.jsonl``."""
+    return f"{name.removesuffix('.jsonl')}.dropped.jsonl"
+
+
+def last_step(data: bytes) -> int:
+    """The highest step in the rows of a metrics file's content; -1 without rows."""
+    rows = (parse(line) for line in data.decode("utf-8", errors="replace").splitlines())
+    return max((int(row["step"]) for row in rows if row is not None), default=-1)
 
 
 class Tail:

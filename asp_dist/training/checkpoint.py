@@ -105,12 +105,13 @@ def read_manifest(store: Store, name: str) -> Manifest:
 
     Raises:
         CheckpointError: it is missing, torn, altered, or of another format.
+        OSError: it cannot be read now, which says nothing of what it holds.
     """
     try:
         tree = json.loads(store.read(name, MANIFEST))
         digest = tree.pop("sha256")
         manifest = Manifest(**tree)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{store.where(name)}: {MANIFEST} is missing or unreadable ({error})") from error
     if digest != _digest(tree):
         raise CheckpointError(f"{store.where(name)}: {MANIFEST} does not fit its own hash; it was altered")
@@ -124,6 +125,7 @@ def read_checkpoint(store: Store, name: str) -> tuple[Manifest, dict[str, Any]]:
 
     Raises:
         CheckpointError: a file is missing, cut short, or altered; the message names it.
+        OSError: a file cannot be read now, which says nothing of what it holds.
     """
     manifest = read_manifest(store, name)
     tensors: dict[str, dict[str, torch.Tensor]] = {}
@@ -132,8 +134,8 @@ def read_checkpoint(store: Store, name: str) -> tuple[Manifest, dict[str, Any]]:
         place = f"{store.where(name)}/{file}"
         try:
             data = store.read(name, file)
-        except OSError as error:
-            raise CheckpointError(f"{place} is missing or unreadable ({error})") from error
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{place} is missing ({error})") from error
         if len(data) != size:
             raise CheckpointError(f"{place} has {len(data)} bytes where {size} were written; it is cut short or grown")
         if hashlib.sha256(data).hexdigest() != digest:

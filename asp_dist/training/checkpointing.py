@@ -2,33 +2,48 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from asp_dist.config import Config, UserError, differences, to_dict
+from asp_dist.tracking.metrics import dropped_name, read_rows
 from asp_dist.training.checkpoint import Manifest
-from asp_dist.training.keeper import Event, Keeper
-from asp_dist.training.remote import WAITS_S, Mirror, RemoteStore, open_storage, patiently
+from asp_dist.training.keeper import Event, Found, Keeper
+from asp_dist.training.remote import METRICS, Mirror, RemoteStore, open_storage
 from asp_dist.training.run import Run, capture_state, restore_state
 from asp_dist.training.rundir import CONFIG, IDENTITY, MODEL, SUMMARY, run_dir, versions
-from asp_dist.training.store import LocalStore
+from asp_dist.training.store import WAITS_S, LocalStore, Store, patiently
 
 log = logging.getLogger(__name__)
 
 
 # What a run goes on from beside its checkpoint; the files that say whose the folder is come last.
-RECORD = ("metrics.jsonl", "layers.jsonl", "wandb_id", IDENTITY, CONFIG)
+RECORD = (
+    *(METRICS, dropped_name(METRICS), "layers.jsonl", dropped_name("layers.jsonl")),
+    *("wandb_id", IDENTITY, CONFIG),
+)
 RESULTS = (*RECORD, "layers.json", "report.html", MODEL, SUMMARY)
 
 
 def build_keeper(config: Config, identity: str) -> Keeper:
     """The keeper of the run's checkpoints, in its folder or in ``output.storage``."""
     mirror = build_mirror(config)
+    store = build_store(config, config.output.storage)
     if mirror is None:
-        return Keeper(LocalStore(run_dir(config) / "checkpoints"), identity, config.output.keep)
-    address = f"{str(config.output.storage).split('?')[0].rstrip('/')}/{config.name}/checkpoints"
-    store = RemoteStore(address, mirror.system, f"{mirror.path}/checkpoints")
+        return Keeper(store, identity, config.output.keep)
     return Keeper(store, identity, config.output.keep, waits=WAITS_S, saved=lambda: mirror.send(RECORD))
+
+
+def build_store(config: Config, storage: str | None) -> Store:
+    """The run's checkpoints in the store at `storage`; None: in its folder."""
+    if storage is None:
+        return LocalStore(run_dir(config) / "checkpoints")
+    system, path = open_storage(storage)
+    address = f"{storage.split('?')[0].rstrip('/')}/{config.name}/checkpoints"
+    return RemoteStore(address, system, f"{path}/{config.name}/checkpoints")
 
 
 def build_mirror(config: Config) -> Mirror | None:
@@ -40,20 +55,41 @@ def build_mirror(config: Config) -> Mirror | None:
 
 
 def fetch_record(config: Config) -> None:
-    """Bring the run's record here from ``output.storage``, where the run's folder lacks it. For rank 0.
+    """Bring the run's record here from ``output.storage``, where it is ahead of the run's folder. For rank 0.
 
     Raises:
-        UserError: the store does not answer.
+        UserError: the store does not answer, or has another run of this name.
     """
     mirror = build_mirror(config)
     if mirror is None:
         return
+
+    def fetch() -> list[str]:
+        check_identity(config, mirror)
+        return mirror.fetch(RECORD)
+
     try:
-        fetched = patiently(lambda: mirror.fetch(RECORD), WAITS_S, str(config.output.storage))
+        fetched = patiently(fetch, WAITS_S, str(config.output.storage))
     except OSError as error:
         raise UserError(f"output.storage = {config.output.storage!r} does not answer: {error}") from error
     if fetched:
         log.info("fetched %s from %s", ", ".join(fetched), config.output.storage)
+
+
+def check_identity(config: Config, mirror: Mirror) -> None:
+    """Raise `UserError` if the folder and the store have records of different runs."""
+    theirs, ours = mirror.read(IDENTITY), run_dir(config) / IDENTITY
+    if theirs is None or not ours.is_file():
+        return
+    try:
+        there, here = (json.loads(text)["id"] for text in (theirs, ours.read_text()))
+    except (ValueError, KeyError, TypeError):
+        return  # found to be unreadable when the folder is claimed
+    if there != here:
+        raise UserError(
+            f"{config.output.storage} has another run called {config.name!r} ({there}) than {run_dir(config)} ({here}): give "
+            "this run another name (--name), or remove the folder to go on with the run in the store"
+        )
 
 
 def send_results(run: Run) -> None:
@@ -108,37 +144,73 @@ def save_and_wait(run: Run) -> str:
     return run.world.share(f"its checkpoint failed: {failed[-1]}" if failed else "")
 
 
-def resume(run: Run) -> list[Event]:
-    """Set `run` to its latest sound checkpoint, if there is one; returns what is to be logged. A collective.
+@dataclass(frozen=True)
+class Resumed:
+    """How a run began.
+
+    Attributes:
+        events: what is to be logged.
+        elsewhere: whether its checkpoint lies in another place than new ones go to.
+        best: whether that checkpoint was the best.
+    """
+
+    events: list[Event]
+    elsewhere: bool = False
+    best: bool = False
+
+
+def resume(run: Run, places: Sequence[str | None] = ()) -> Resumed:
+    """Set `run` to its latest sound checkpoint, if there is one; a collective.
+
+    Args:
+        run: the run at its first step.
+        places: further ``output.storage`` that it has had; None: its own folder.
 
     Raises:
-        UserError: there are checkpoints, but none that can be used.
+        UserError: there are checkpoints, but none that can be used; or there were some, and none is left.
+        OSError: a place where it has had checkpoints cannot be read now.
     """
     start = time.perf_counter()
-    found = {}
+    kept: list[Found] = []
+    stores = [build_store(run.config, place) for place in places]
 
-    def find() -> str | None:
+    def find() -> tuple[str, int] | None:
         run.keeper.store.clean()
-        latest = run.keeper.latest()
-        if latest is None:
+        found = run.keeper.latest(stores)
+        if found is None:
+            refuse_to_start_over(run, stores)
             return None
-        found["latest"] = latest
-        return latest[0]
+        kept.append(found)
+        return found.name, stores.index(found.place) if found.place in stores else -1
 
-    name = run.world.on_main(find)
+    answer = run.world.on_main(find)
     events = run.keeper.events()
-    if name is None:
-        return events
+    if answer is None:
+        return Resumed(events)
+    name, index = answer
+    place = run.keeper.store if index < 0 else stores[index]
     try:
-        manifest, state = found["latest"][1:] if found else run.keeper.load(name)
+        manifest, state = (kept[0].manifest, kept[0].state) if kept else run.keeper.load(name, place)
         restore_state(run, state)
     except (KeyError, RuntimeError, ValueError) as error:
-        raise UserError(f"{run.keeper.store.where(name)} does not fit this run: {error}") from error
-    text = f"resumed from {name} ({manifest.step} of {run.total_steps} steps)"
+        raise UserError(f"{place.where(name)} does not fit this run: {error}") from error
+    text = f"resumed from {name if index < 0 else place.where(name)} ({manifest.step} of {run.total_steps} steps)"
     for change in changes(run, manifest):
         text += f"; {change}"
     log.info("%s in %.1f s", text, time.perf_counter() - start)
-    return [*events, Event("resume", text)]
+    return Resumed([*events, Event("resume", text)], index >= 0, manifest.best)
+
+
+def refuse_to_start_over(run: Run, stores: Sequence[Store]) -> None:
+    """Raise `UserError` if the run's record says that checkpoints were saved, of which none is left."""
+    rows = read_rows(run.folder / "metrics.jsonl")
+    saved = [row["message"] for row in rows if row.get("event") == "checkpoint"]
+    if saved:
+        places = " and ".join(store.where("") for store in (run.keeper.store, *stores))
+        raise UserError(
+            f"{run.folder} has the record of a run ({saved[-1]}), but no checkpoint is left in {places}: bring one back, or "
+            "give the new run another name (--name)"
+        )
 
 
 def changes(run: Run, manifest: Manifest) -> list[str]:

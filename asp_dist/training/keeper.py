@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +19,7 @@ from asp_dist.training.checkpoint import (
     split_state,
     write_checkpoint,
 )
-from asp_dist.training.remote import patiently
-from asp_dist.training.store import Store
+from asp_dist.training.store import Store, patiently, step_of
 
 
 @dataclass(frozen=True)
@@ -29,6 +28,16 @@ class Event:
 
     kind: str
     message: str
+
+
+@dataclass(frozen=True)
+class Found:
+    """A sound checkpoint: its name, the place where it lies, its manifest and state."""
+
+    name: str
+    place: Store
+    manifest: Manifest
+    state: dict[str, Any]
 
 
 class Staging:
@@ -122,34 +131,66 @@ class Keeper:
         taken, self._events = self._events, []
         return taken
 
-    def latest(self) -> tuple[str, Manifest, dict[str, Any]] | None:
-        """The newest sound checkpoint of this run: its name, manifest and state; None if there never was one.
+    def latest(self, elsewhere: Sequence[Store] = ()) -> Found | None:
+        """The newest sound checkpoint of this run; None if there is none.
 
-        Each one that is torn, altered or of another run becomes a warning event.
+        Those that are torn, altered or of another run, and all that are newer than the one found, are set aside: a run that
+        goes on from an earlier step would meet them again. Each becomes a warning event.
+
+        Args:
+            elsewhere: further places where the run has had its checkpoints.
 
         Raises:
             UserError: there are checkpoints, but none can be used: starting anew in silence would lose the run.
+            OSError: a place or a checkpoint cannot be read now; nothing was changed.
         """
-        problems = []
-        for name in reversed(self.store.names()):
+        places = [self.store, *elsewhere]
+        listed = [(step_of(name), -index, name) for index, place in enumerate(places) for name in self._names(place)]
+        problems: list[tuple[Store, str, str]] = []
+        for _, index, name in sorted(listed, reverse=True):
+            place = places[-index]
             try:
-                manifest, state = read_checkpoint(self.store, name)
-                if manifest.run != self.run:
-                    raise CheckpointError(f"{self.store.where(name)} belongs to another run ({manifest.run})")
-                return name, manifest, state
+                manifest, state = self.load(name, place)
             except CheckpointError as error:
-                problems.append(str(error))
-                self._events.append(Event("warning", f"{error}; the checkpoint before it is used"))
+                problems.append((place, name, str(error)))
+                continue
+            for other, bad, message in problems:
+                self._events.append(Event("warning", f"{message}; kept as {other.set_aside(bad)}"))
+            return Found(name, place, manifest, state)
         if problems:
             raise UserError(
-                f"no checkpoint of this run can be used: {'; '.join(problems)}. Bring one back, or delete the "
-                "checkpoints to start from the beginning"
+                f"no checkpoint of this run can be used: {'; '.join(message for _, _, message in problems)}. Bring one back, "
+                "or give a new run another name (--name)"
             )
         return None
 
-    def load(self, name: str) -> tuple[Manifest, dict[str, Any]]:
-        """The checkpoint of that name."""
-        return read_checkpoint(self.store, name)
+    def load(self, name: str, place: Store | None = None) -> tuple[Manifest, dict[str, Any]]:
+        """The checkpoint of that name in `place`, or in the keeper's own store.
+
+        Raises:
+            CheckpointError: it is torn, altered, or of another run.
+            OSError: it cannot be read now.
+        """
+        store = place or self.store
+        try:
+            manifest, state = read_checkpoint(store, name)
+        except OSError as error:
+            raise OSError(
+                f"{store.where(name)} cannot be read now ({error}); nothing was changed: start again once the storage answers, "
+                "or move that checkpoint away to go on from the one before it"
+            ) from error
+        if manifest.run != self.run:
+            raise CheckpointError(f"{store.where(name)} belongs to another run ({manifest.run})")
+        return manifest, state
+
+    def _names(self, place: Store) -> list[str]:
+        try:
+            return place.names()
+        except OSError as error:
+            raise OSError(
+                f"{place.where('')}, where this run has had checkpoints, cannot be listed now ({error}): start again once it "
+                "answers"
+            ) from error
 
     def _write(self, manifest: Manifest, plain: Any, copies: dict[str, dict[str, torch.Tensor]]) -> None:
         try:
@@ -160,7 +201,7 @@ class Keeper:
                 f"saving step {manifest.step}",
             )
             self._events.append(Event("checkpoint", f"saved {self.store.where(name)}"))
-            self._forget_old()
+            self._forget_old(name)
             if self.saved is not None:
                 patiently(self.saved, self.waits, "copying the record")
         except Exception as error:  # the training goes on; the run's log says what is wrong
@@ -174,14 +215,15 @@ class Keeper:
         except OSError:
             return "the store does not say which earlier ones it has"
 
-    def _forget_old(self) -> None:
-        names = self.store.names()
+    def _forget_old(self, written: str) -> None:
+        """Remove all but the last `keep` checkpoints up to the one just written, and the best."""
+        names = [name for name in self.store.names() if step_of(name) <= step_of(written)]
         best: str | None = None
         for name in names:
             try:
                 if read_manifest(self.store, name).best:
                     best = name
-            except CheckpointError:
+            except (CheckpointError, OSError):
                 continue
         for name in names[: -self.keep]:
             if name != best:

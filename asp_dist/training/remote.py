@@ -7,30 +7,19 @@ a while is asked again; the training goes on meanwhile, and the keeper says in t
 from __future__ import annotations
 
 import logging
-import time
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, TypeVar, cast
 
 from asp_dist.config import UserError
-from asp_dist.training.store import MANIFEST, NAME
+from asp_dist.tracking.metrics import last_step
+from asp_dist.training.rundir import write_bytes
+from asp_dist.training.store import MANIFEST, NAME, WAITS_S, patiently, spare_name, step_of
 
 T = TypeVar("T")
+METRICS = "metrics.jsonl"
 log = logging.getLogger(__name__)
-WAITS_S = (0.5, 2.0, 5.0)
-
-
-def patiently(work: Callable[[], T], waits: tuple[float, ...], what: str) -> T:
-    """The result of `work`, called again after each of `waits` (seconds) while it raises OSError; `what` is for the log."""
-    for wait in waits:
-        try:
-            return work()
-        except FileNotFoundError:
-            raise
-        except OSError as error:
-            log.warning("%s failed, trying again in %.1f s: %s", what, wait, error)
-            time.sleep(wait)
-    return work()
 
 
 def open_storage(address: str) -> tuple[Any, str]:
@@ -74,9 +63,7 @@ class RemoteStore:
         self.waits = waits
 
     def names(self) -> list[str]:
-        return sorted(
-            (name for name, complete in self._folders().items() if complete), key=lambda name: int(name.split("-")[1])
-        )
+        return sorted((name for name, complete in self._folders().items() if complete), key=step_of)
 
     def begin(self, name: str) -> None:
         self.remove(name)
@@ -104,6 +91,21 @@ class RemoteStore:
             self.system.delete_file(f"{folder}/{MANIFEST}")
         if infos[1].type.name == "Directory":
             self.system.delete_dir(folder)
+
+    def set_aside(self, name: str) -> str:
+        """Copies, then deletes: an object store renames nothing."""
+        from pyarrow import fs
+
+        def taken(candidate: str) -> bool:
+            return bool(self.system.get_file_info(fs.FileSelector(f"{self.path}/{candidate}", allow_not_found=True)))
+
+        new = spare_name(name, taken)
+        self.system.create_dir(f"{self.path}/{new}", recursive=True)
+        for info in self.system.get_file_info(fs.FileSelector(f"{self.path}/{name}")):
+            if info.is_file:
+                self.system.copy_file(info.path, f"{self.path}/{new}/{info.base_name}")
+        self.remove(name)
+        return new
 
     def where(self, name: str) -> str:
         return f"{self.address}/{name}"
@@ -157,13 +159,42 @@ class Mirror:
                     stream.write(file.read_bytes())
 
     def fetch(self, names: tuple[str, ...]) -> list[str]:
-        """Copy files that the store has and the folder lacks; returns their names. The last of `names` comes last."""
+        """Copy the record to the folder where it lacks it or is behind; returns the names of the files that were copied.
+
+        A machine to which a run comes back has the record as it left it. Its files are kept, under names that end in
+        ``.stale``.
+
+        Args:
+            names: the files of the record, the longest-lived last; `METRICS` among them says how far it goes.
+        """
+        there = [name for name in names if self.system.get_file_info(f"{self.path}/{name}").is_file]
+        ours = self.folder / METRICS
+        behind = METRICS in there and last_step(self._read(METRICS)) > last_step(
+            ours.read_bytes() if ours.exists() else b""
+        )
         fetched = []
-        for name in names:
-            if (self.folder / name).exists() or not self.system.get_file_info(f"{self.path}/{name}").is_file:
+        for name in there:
+            path = self.folder / name
+            if path.exists() and not behind:
                 continue
+            data = self._read(name)
             self.folder.mkdir(parents=True, exist_ok=True)
-            with self.system.open_input_stream(f"{self.path}/{name}") as stream:
-                (self.folder / name).write_bytes(bytes(stream.read()))
+            if path.exists() and path.read_bytes() != data:
+                os.replace(path, _unused(path.with_name(f"{name}.stale")))
+            write_bytes(path, data)
             fetched.append(name)
         return fetched
+
+    def read(self, name: str) -> bytes | None:
+        """A file of the record in the store; None if it has none."""
+        return self._read(name) if self.system.get_file_info(f"{self.path}/{name}").is_file else None
+
+    def _read(self, name: str) -> bytes:
+        with self.system.open_input_stream(f"{self.path}/{name}") as stream:
+            return bytes(stream.read())
+
+
+def _unused(path: Path) -> Path:
+    """`path`, or the first ``path.N`` that does not exist."""
+    candidates = (path, *(path.with_name(f"{path.name}.{n}") for n in range(2, 10_000)))
+    return next(candidate for candidate in candidates if not candidate.exists())

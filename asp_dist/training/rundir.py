@@ -67,6 +67,9 @@ def check_run_dir(config: Config) -> dict[str, Any] | None:
 def claim_run_dir(config: Config) -> dict[str, Any]:
     """Make the folder this run's, or find that it is; returns the run's identity. For rank 0.
 
+    The identity keeps, as ``places``, every ``output.storage`` that the run has had (None: its own folder): checkpoints may
+    lie in any of them.
+
     Raises:
         UserError: see `check_run_dir`; or the folder cannot be written.
     """
@@ -75,7 +78,9 @@ def claim_run_dir(config: Config) -> dict[str, Any]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if identity is None:
-            identity = {"id": uuid.uuid4().hex[:12], "asp_dist": __version__}
+            identity = {"id": uuid.uuid4().hex[:12], "asp_dist": __version__, "places": []}
+        if config.output.storage not in identity["places"]:
+            identity["places"].append(config.output.storage)
             write_text(folder / IDENTITY, json.dumps(identity, indent=1))
         write_text(folder / CONFIG, yaml.safe_dump(to_dict(with_absolute_paths(config)), sort_keys=False))
     except OSError as error:
@@ -112,9 +117,14 @@ def load_config(folder: Path) -> Config:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file aside and rename it: readers see the old one or the new one."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """The same for bytes."""
     aside = path.with_name(path.name + ".tmp")
-    with open(aside, "w") as stream:
-        stream.write(text)
+    with open(aside, "wb") as stream:
+        stream.write(data)
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(aside, path)

@@ -2,19 +2,49 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO, Protocol, TypeVar
 
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+WAITS_S = (0.5, 2.0, 5.0)  # before each further attempt at a place that fails for a while
 NAME = re.compile(r"step-\d{8,}")
 MANIFEST = "manifest.json"
+
+
+def patiently(work: Callable[[], T], waits: tuple[float, ...], what: str) -> T:
+    """The result of `work`, called again after each of `waits` (seconds) while it raises OSError; `what` is for the log."""
+    for wait in waits:
+        try:
+            return work()
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            log.warning("%s failed, trying again in %.1f s: %s", what, wait, error)
+            time.sleep(wait)
+    return work()
 
 
 def checkpoint_name(step: int) -> str:
     """The folder of the checkpoint after `step` optimizer steps."""
     return f"step-{step:08d}"
+
+
+def step_of(name: str) -> int:
+    """The number of optimizer steps in a checkpoint's name."""
+    return int(name.split("-")[1])
+
+
+def spare_name(name: str, taken: Callable[[str], bool]) -> str:
+    """A name for a checkpoint that is set aside: ``bad-step-XXXXXXXX``, with a number where that is taken."""
+    candidates = (f"bad-{name}{suffix}" for suffix in ("", *(f"-{n}" for n in range(2, 10_000))))
+    return next(candidate for candidate in candidates if not taken(candidate))
 
 
 class Store(Protocol):
@@ -41,6 +71,9 @@ class Store(Protocol):
     def remove(self, name: str) -> None:
         """Delete a checkpoint, its manifest first, so that half of it never looks whole."""
 
+    def set_aside(self, name: str) -> str:
+        """Rename a checkpoint, with all its files, so that it is none; returns the new name."""
+
     def where(self, name: str) -> str:
         """The checkpoint's address for people."""
 
@@ -49,16 +82,25 @@ class Store(Protocol):
 
 
 class LocalStore:
-    """Checkpoints in a local or network folder: written aside, synced, renamed."""
+    """Checkpoints in a local or network folder: written aside, synced, renamed.
 
-    def __init__(self, root: Path) -> None:
+    Args:
+        root: the folder.
+        waits: seconds between attempts to read or list while its file system fails.
+    """
+
+    def __init__(self, root: Path, waits: tuple[float, ...] = WAITS_S) -> None:
         self.root = root
+        self.waits = waits
 
     def names(self) -> list[str]:
-        if not self.root.is_dir():
+        def found() -> list[str]:
+            return [p.name for p in self.root.iterdir() if p.is_dir() and NAME.fullmatch(p.name)]
+
+        try:
+            return sorted(patiently(found, self.waits, str(self.root)), key=step_of)
+        except FileNotFoundError:
             return []
-        found = [p.name for p in self.root.iterdir() if p.is_dir() and NAME.fullmatch(p.name)]
-        return sorted(found, key=lambda name: int(name.split("-")[1]))
 
     def begin(self, name: str) -> None:
         aside = self._aside(name)
@@ -82,11 +124,16 @@ class LocalStore:
         shutil.rmtree(self._aside(name), ignore_errors=True)
 
     def read(self, name: str, file: str) -> bytes:
-        return (self.root / name / file).read_bytes()
+        return patiently((self.root / name / file).read_bytes, self.waits, self.where(name))
 
     def remove(self, name: str) -> None:
         (self.root / name / MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(self.root / name, ignore_errors=True)
+
+    def set_aside(self, name: str) -> str:
+        new = spare_name(name, lambda candidate: (self.root / candidate).exists())
+        os.rename(self.root / name, self.root / new)
+        return new
 
     def where(self, name: str) -> str:
         return str(self.root / name)

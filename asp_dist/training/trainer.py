@@ -53,12 +53,15 @@ def train(config: Config, world: World, hooks: Hooks | None = None) -> dict[str,
         log.info("%s is finished already", run_dir(config))
         return done
     keeper = checkpointing.build_keeper(config, identity["id"])
+    places = [place for place in identity["places"] if place != config.output.storage]
     run = build_run(config, world, hooks or Hooks(), keeper, identity["id"])
     code = 1
     try:
-        events = checkpointing.resume(run)
+        resumed = checkpointing.resume(run, places)
         run.tracker = build_tracker(config, run.folder, rank=world.rank, resume_step=run.step)
-        checkpointing.log_events(run, events)
+        checkpointing.log_events(run, resumed.events)
+        if resumed.elsewhere:
+            checkpointing.save(run, best=resumed.best)
         try:
             for epoch in range(run.closed_epochs, run.epochs):
                 train_epoch(run, epoch)
