@@ -15,14 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.train import ScalingConfig
+from small_runs import small_config, with_changes
 
 from asp_dist.cluster import ClusterError, run
 from asp_dist.cluster.control import Control
 from asp_dist.cluster.failures import describe
 from asp_dist.cluster.resources import plan_resources
+from asp_dist.cluster.scaling import DividingScalingPolicy
 from asp_dist.cluster.session import _descendants
 from asp_dist.cluster.worker import TrainFunction, interface_of
 from asp_dist.config import ClusterConfig, Config, DataConfig, OutputConfig, TrainingConfig, UserError
+from asp_dist.training.shares import group_sizes
 
 pytestmark = [
     # Ray leaves its own log files and sockets to the garbage collector.
@@ -39,7 +43,7 @@ def node(cpus: float, gpus: float = 0, alive: bool = True) -> dict[str, Any]:
 
 def test_cpus_of_a_local_cluster_are_shared_out() -> None:
     needed = plan_resources(Config(cluster=ClusterConfig(num_workers=3)), [node(8)], local=True)
-    assert (needed.cpus, needed.gpus, needed.workers, needed.min_workers) == (2.0, 0, 3, 3)
+    assert (needed.cpus, needed.gpus, needed.sizes) == (2.0, 0, (3,))
     assert needed.per_worker() == {"CPU": 2.0}
 
 
@@ -70,7 +74,23 @@ def test_too_small_a_cluster_is_refused_with_numbers(
 def test_elastic_group_needs_room_for_its_smallest_size_only() -> None:
     cluster = ClusterConfig(num_workers=4, min_workers=1)
     needed = plan_resources(Config(cluster=cluster), [node(2)], local=False)
-    assert (needed.min_workers, needed.workers) == (1, 4)
+    assert needed.sizes == (1, 2, 4)  # three workers cannot share a batch of 64
+    assert group_sizes(with_batch(768, num_workers=8, min_workers=4)) == [4, 6, 8]
+    assert group_sizes(with_batch(256, num_workers=8, min_workers=5)) == [8]
+    with pytest.raises(UserError, match=r"divides among no number of workers from cluster.min_workers = 5 to .* = 7"):
+        plan_resources(with_batch(256, num_workers=7, min_workers=5), [node(8)], local=False)
+
+
+def with_batch(size: int, **cluster: Any) -> Config:
+    return Config(data=DataConfig(backend="synthetic", batch_size=size), cluster=ClusterConfig(**cluster))
+
+
+@pytest.mark.parametrize("offered", range(10))
+def test_an_elastic_group_takes_the_most_workers_that_can_share_the_batch(offered: int) -> None:
+    scaling = ScalingConfig(num_workers=(2, 8), resources_per_worker={"CPU": 1})
+    policy = DividingScalingPolicy(scaling, group_sizes(with_batch(256, num_workers=8, min_workers=2)))
+    expected = {0: 0, 1: 0, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 4, 8: 8, 9: 8}
+    assert policy._count_possible_workers({"node": {"CPU": float(offered)}}) == expected[offered]
 
 
 def test_cuda_on_a_cluster_without_gpus_is_refused() -> None:
@@ -248,6 +268,62 @@ def test_sigterm_to_the_driver_stops_the_workers_between_steps(tmp_path: Path, r
     with pytest.raises(Stopped, match="SIGTERM"):
         run(small(tmp_path, address=ray_address), on_row, train=stand_in("long"))
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+SHRINKING = """
+import sys
+import ray
+from ray.cluster_utils import Cluster
+
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+nodes = [cluster.add_node(num_cpus=1) for _ in range(3)]
+cluster.wait_for_nodes()
+print(cluster.address, flush=True)
+sys.stdin.readline()
+cluster.remove_node(nodes[-1], allow_graceful=False)
+sys.stdin.read()
+cluster.shutdown()
+"""
+
+
+@pytest.mark.slow
+def test_four_workers_that_lose_a_node_go_on_with_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three remain, which cannot share a batch of 16."""
+    import ray
+
+    # Ray counts the lost node's CPUs for a while, and waits this long for a group that needs them.
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20")
+
+    config = small_config(
+        tmp_path,
+        cluster=ClusterConfig(num_workers=4, min_workers=1, cpus_per_worker=1, max_failures=3),
+        schedule__epochs=20,
+        output__checkpoint_steps=4,
+        training__log_every=1,
+    )
+    command = [sys.executable, "-c", SHRINKING]
+    rows: list[dict[str, Any]] = []
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as nodes:
+        assert nodes.stdout is not None and nodes.stdin is not None
+        address = nodes.stdout.readline().decode().strip()
+
+        def on_row(row: dict[str, Any]) -> None:
+            rows.append(row)
+            if row["step"] == 10 and row.get("kind") == "train":
+                nodes.stdin.write(b"\n")  # type: ignore[union-attr]
+                nodes.stdin.flush()  # type: ignore[union-attr]
+
+        try:
+            summary = run(with_changes(config, cluster__address=address), on_row)
+        finally:
+            if ray.is_initialized():
+                ray.shutdown()
+            nodes.stdin.close()
+    assert (summary["world_size"], summary["steps"]) == (2, 80)
+    assert summary["sparsity"] == pytest.approx(0.9, abs=5e-4)
+    messages = [row["message"] for row in rows if row.get("kind") == "event"]
+    assert any("elastic group of 1, 2, 4 workers" in message for message in messages)
+    assert any("2 workers instead of 4" in message for message in messages)
 
 
 def test_too_many_workers_fail_within_seconds_and_leave_nothing(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,10 @@ from torch import Tensor
 
 from asp_dist.config import AugmentConfig, DataConfig, UserError
 from asp_dist.data import DataError, Loaders, build_loaders, inspect_data, prepare_digits
+from asp_dist.data.dali import PipelineRun
+from asp_dist.data.errors import DataReadError, Suspects, examine
 from asp_dist.data.images import ImageSpec
+from asp_dist.data.info import open_data_set
 from asp_dist.data.torch_loader import build_transform
 
 MODEL_DATA = {
@@ -176,6 +180,53 @@ def test_a_file_that_does_not_decode_is_named_with_its_rank(tmp_path: Path) -> N
     val.write_bytes(b"")
     with pytest.raises(DataError, match=f"rank 0, validation.*{val}: empty file"):
         list(loaders(config(root)).val)
+
+
+@pytest.mark.parametrize("backend", ["dali", "torch"])
+def test_storage_that_does_not_answer_is_no_bad_file(tmp_path: Path, backend: Any) -> None:
+    """A restart may read what this attempt could not: a run must not end for good in its sixtieth hour."""
+    root = prepare_digits(tmp_path / "digits")
+    for split in ("train", "val"):
+        file = sorted((root / split / "4").iterdir())[0]
+        file.unlink()
+        file.symlink_to("/proc/self/mem")  # whose first byte cannot be read: EIO
+    loader = loaders(config(root, backend=backend, batch_size=719))
+    for batches, where in ((loader.train.start(0), "rank 0, epoch 0"), (iter(loader.val), "rank 0, validation")):
+        with pytest.raises(RuntimeError, match=rf"{where}.*4/.*Input/output error.*restarts") as caught:
+            list(batches)
+        assert isinstance(caught.value, DataReadError)
+
+
+@pytest.mark.parametrize(
+    ("message", "kind"),
+    [
+        ("Critical error in pipeline: CUDA runtime API error cudaErrorECCUncorrectable (214)", RuntimeError),
+        ("Critical error in pipeline: CUDA allocation failed", RuntimeError),
+        ("Critical error in pipeline: a worker thread is gone", DataReadError),
+    ],
+)
+def test_a_pipeline_that_fails_over_sound_files_with_a_patched_pipeline(
+    digits: Path, message: str, kind: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(run: PipelineRun) -> Any:
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(PipelineRun, "advance", fail)
+    with pytest.raises(RuntimeError, match=re.escape(message)) as caught:
+        list(loaders(config(digits)).train.start(0))
+    assert type(caught.value) is kind
+
+
+def test_a_file_is_bad_only_if_it_fails_twice(digits: Path) -> None:
+    samples = open_data_set(config(digits)).train
+    seen: Counter[bytes] = Counter()
+    passing, lasting = samples.read(3), samples.read(5)
+
+    def look(encoded: bytes) -> str | None:
+        seen[encoded] += 1
+        return "torn" if encoded == lasting or (encoded == passing and seen[encoded] == 1) else None
+
+    assert examine(samples, range(8), look) == Suspects(bad=((5, "torn"),))
 
 
 def test_bad_folders_are_refused(tmp_path: Path) -> None:

@@ -436,6 +436,12 @@ def test_preflight_counts_ray_workers_and_torchrun_ranks(tmp_path: Path, monkeyp
     config = small_config(tmp_path, cluster__mode="ray", cluster__num_workers=3)
     with pytest.raises(UserError, match="16 does not divide among 3 workers"):
         preflight(config)
+    elastic = with_changes(config, cluster__min_workers=2)
+    assert preflight(elastic).world_size == 3  # two of them will train
+    with pytest.raises(
+        UserError, match=r"16 does not divide among 7 workers .*no other size from cluster.min_workers = 5"
+    ):
+        preflight(with_changes(config, cluster__num_workers=7, cluster__min_workers=5))
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert preflight(config).world_size == 2

@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -22,6 +22,7 @@ from asp_dist.cluster import keys
 from asp_dist.cluster.control import Control
 from asp_dist.cluster.failures import ClusterError, FailureLog, describe, event, fatal_error, one_line
 from asp_dist.cluster.resources import Resources, check_storage, plan_resources, this_machine
+from asp_dist.cluster.scaling import DividingScalingPolicy
 from asp_dist.cluster.session import address_of, ray_session
 from asp_dist.cluster.signals import Signals
 from asp_dist.cluster.worker import ClusterTorchConfig, Job, TrainFunction, work
@@ -73,12 +74,21 @@ class ClusterTrainer(TorchTrainer):
     """Ray Train's trainer, which leaves SIGINT to this project and can be ended from another thread.
 
     It also leaves Ray Data out, which would cost an actor and a heavy import in each worker.
+
+    Attributes:
+        sizes: the sizes that an elastic group may have; empty: a group of fixed size.
     """
 
     _controller: Any = None
+    sizes: Sequence[int] = ()
 
     def _create_default_callbacks(self) -> list[Any]:
         return [c for c in super()._create_default_callbacks() if not isinstance(c, DatasetsCallback)]
+
+    def _initialize_and_run_controller(self, **arguments: Any) -> Any:
+        if self.sizes:
+            arguments["scaling_policy"] = DividingScalingPolicy(self.scaling_config, self.sizes)
+        return super()._initialize_and_run_controller(**arguments)
 
     def _register_sigint_handler(self, controller: Any) -> None:
         self._controller = controller
@@ -111,6 +121,7 @@ class _Launch:
             after_ray.callback(control.end)
             check_storage(self.config, control, ray.nodes(), needed)
             self.signals.connect(control)
+            self._say_sizes(needed)
             outcome = self._fit(control, needed)
         if "stopped" in outcome:
             raise Stopped(*outcome["stopped"])
@@ -118,6 +129,16 @@ class _Launch:
             raise fatal_error(outcome["fatal"], self.log)
         summary: dict[str, Any] = outcome["summary"]
         return summary
+
+    def _say_sizes(self, needed: Resources) -> None:
+        """Name the sizes that an elastic group will have, where the batch does not divide among others."""
+        cluster = self.config.cluster
+        left_out = set(range(cluster.min_workers or cluster.num_workers, cluster.num_workers + 1)) - set(needed.sizes)
+        if left_out:
+            sizes, others = (", ".join(map(str, sorted(group))) for group in (needed.sizes, left_out))
+            batch = self.config.data.batch_size
+            text = f"elastic group of {sizes} workers; data.batch_size = {batch} cannot be shared by {others}"
+            self.on_row({**event(text, self.step), "event": "workers"})
 
     def _fit(self, control: Control, needed: Resources) -> dict[str, Any]:
         """Run Ray Train once; another thread shows what happens meanwhile."""
@@ -164,16 +185,16 @@ class _Launch:
 
     def _trainer(self, control: Control, needed: Resources) -> ClusterTrainer:
         cluster = self.config.cluster
-        elastic = needed.min_workers < needed.workers
         environment = {k: v for k, v in os.environ.items() if k.startswith(PASSED_ON)}
-        return ClusterTrainer(
+        elastic = cluster.min_workers is not None
+        trainer = ClusterTrainer(
             work,
             train_loop_config=Job(self.config, control, self.train, keys.here()),  # handed to `work` as it is
             torch_config=ClusterTorchConfig(
                 backend="cpu:gloo,cuda:nccl" if needed.gpus else "gloo", timeout_s=math.ceil(cluster.timeout_s)
             ),
             scaling_config=ScalingConfig(
-                num_workers=(needed.min_workers, needed.workers) if elastic else needed.workers,
+                num_workers=(needed.sizes[0], needed.sizes[-1]) if elastic else needed.sizes[-1],
                 use_gpu=needed.gpus > 0,
                 resources_per_worker=needed.per_worker(),
             ),
@@ -189,6 +210,8 @@ class _Launch:
                 worker_runtime_env={"env_vars": environment} if environment else None,
             ),
         )
+        trainer.sizes = needed.sizes if elastic else ()
+        return trainer
 
     def _explain(self, error: Exception) -> Exception:
         if isinstance(error, RayActorError):

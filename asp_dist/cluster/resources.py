@@ -14,6 +14,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from asp_dist.cluster.control import Control
 from asp_dist.config import Config, UserError, check
+from asp_dist.training.shares import group_sizes
 
 
 @dataclass(frozen=True)
@@ -21,14 +22,12 @@ class Resources:
     """What is reserved for the workers.
 
     Args:
-        workers: largest number of workers.
-        min_workers: smallest number of workers.
+        sizes: numbers of workers that the group may have, rising.
         cpus: CPUs per worker.
         gpus: GPUs per worker.
     """
 
-    workers: int
-    min_workers: int
+    sizes: tuple[int, ...]
     cpus: float
     gpus: int
 
@@ -63,13 +62,19 @@ def plan_resources(config: Config, nodes: list[dict[str, Any]], *, local: bool) 
     cpus = cluster.cpus_per_worker
     if cpus is None:
         cpus = max(1, cpus_there // cluster.num_workers) if local else 1
-    needed = Resources(cluster.num_workers, cluster.min_workers or cluster.num_workers, float(cpus), gpus)
+    sizes = group_sizes(config)
+    check(
+        bool(sizes),
+        f"data.batch_size = {config.data.batch_size} divides among no number of workers from cluster.min_workers = "
+        f"{cluster.min_workers} to cluster.num_workers = {cluster.num_workers}: use a multiple of one of them",
+    )
+    needed = Resources(tuple(sizes), float(cpus), gpus)
     room = sum(_room(node, needed) for node in there)
-    if room >= needed.min_workers:
+    if room >= sizes[0]:
         return needed
-    asked = f"{needed.min_workers} x {needed.cpus:g} CPU" + (f" and {gpus} GPU" if gpus else "")
+    asked = f"{sizes[0]} x {needed.cpus:g} CPU" + (f" and {gpus} GPU" if gpus else "")
     raise UserError(
-        f"cluster.num_workers = {needed.workers} asks for {asked}, but the cluster has {cpus_there:g} CPU and "
+        f"cluster.num_workers = {cluster.num_workers} asks for {asked}, but the cluster has {cpus_there:g} CPU and "
         f"{gpus_there:g} GPU on {len(there)} node(s), room for {room} such worker(s): "
         "lower cluster.num_workers, cluster.cpus_per_worker or cluster.gpus_per_worker, or add nodes"
     )

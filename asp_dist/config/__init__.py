@@ -5,7 +5,7 @@ A YAML file under ``configs/`` fills them, and the command line overrides any fi
 Sparsity and density are fractions in [0, 1]; durations are in epochs unless the name says otherwise.
 """
 
-from asp_dist.config.checks import UserError, check
+from asp_dist.config.checks import UserError, check, may_pass
 from asp_dist.config.cluster import ClusterConfig, OutputConfig, ResumeConfig, TrackingConfig
 from asp_dist.config.data import AugmentConfig, AutoAugment, Backend, DataConfig, DataFormat, ModelConfig
 from asp_dist.config.pruning import BudgetConfig, BudgetTerm, Cost, PruningConfig
@@ -39,5 +39,6 @@ __all__ = [
     "differences",
     "flatten",
     "from_dict",
+    "may_pass",
     "to_dict",
 ]

@@ -2,9 +2,31 @@
 
 from __future__ import annotations
 
+import errno
+
 
 class UserError(ValueError):
     """A mistake of the user's, or of the machine's set-up: the message names the value, the place and the remedy."""
+
+
+# What the file system says where another attempt would be answered alike.
+_LASTING = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.ENOENT,
+    errno.EISDIR,
+    errno.ENOTDIR,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+)
+
+
+def may_pass(error: OSError) -> bool:
+    """Whether the fault may be gone at another attempt (a storage that does not answer), and is not the user's to mend."""
+    return error.errno not in _LASTING
 
 
 def check(condition: bool, message: str) -> None:

@@ -79,6 +79,7 @@ class TrainLoader(ABC):
 
         Raises:
             DataError: a file that does not decode, with its name.
+            DataReadError: a file that cannot be read now.
         """
         restored, self._restored = self._restored, None
         self._epoch, self._first_step, self._taken = epoch, step, step * self.plan.accumulate

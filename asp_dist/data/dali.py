@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from asp_dist.data.base import Batch, Options, TrainLoader, ValLoader
-from asp_dist.data.errors import decode_error
+from asp_dist.data.errors import pipeline_error
 from asp_dist.data.order import Plan
 from asp_dist.data.samples import IndexArray, Samples
 
@@ -70,6 +70,7 @@ def serve(
 
     Raises:
         DataError: a file that does not decode, with its name.
+        DataReadError: a file that cannot be read now.
     """
     labels = torch.from_numpy(samples.labels)
     for start in range(first, len(part), size):
@@ -78,7 +79,7 @@ def serve(
             images, positions = run.next()
         except RuntimeError as error:
             ahead = part[start : start + (options.prefetch + 2) * size]
-            raise decode_error(error, samples, ahead, where=where(start // size)) from error
+            raise pipeline_error(error, samples, ahead, where=where(start // size)) from error
         real = len(wanted)
         assert np.array_equal(positions[:real], np.arange(start, start + real)), "DALI left the order that it was given"
         yield images[:real], labels[wanted].to(options.device, non_blocking=True)

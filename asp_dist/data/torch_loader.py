@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from asp_dist.config import AugmentConfig
 from asp_dist.data.base import Batch, Options, TrainLoader, ValLoader
-from asp_dist.data.errors import DataError, decode_error
+from asp_dist.data.errors import pipeline_error
 from asp_dist.data.images import ImageSpec
 from asp_dist.data.order import Plan
 from asp_dist.data.samples import IndexArray, Samples
@@ -94,7 +94,7 @@ class DecodedDataset(Dataset[tuple[torch.Tensor, int]]):
             with Image.open(io.BytesIO(self.samples.read(index))) as image:
                 return self.transform(image.convert("RGB")), int(self.samples.labels[index])
         except (OSError, SyntaxError, ValueError) as error:
-            raise decode_error(error, self.samples, [index], where=self.where) from error
+            raise pipeline_error(error, self.samples, [index], where=self.where) from error
 
 
 def serve(dataset: DecodedDataset, batch: int, first: int, options: Options) -> Iterator[Batch]:
@@ -116,9 +116,6 @@ class TorchTrain(TrainLoader):
     """Training batches of one rank through torch's DataLoader; see `TrainLoader`."""
 
     backend = "torch"
-
-    def __init__(self, samples: Samples, plan: Plan, options: Options) -> None:
-        super().__init__(samples, plan, options)
 
     def _batches(self, epoch: int, step: int, pipeline: str | None) -> Iterator[Batch]:
         assert self.samples is not None
@@ -142,6 +139,3 @@ class TorchVal(ValLoader):
         where = f"rank {self.options.rank}, validation"
         dataset = DecodedDataset(self.samples, self.part, transform, None, where)
         yield from serve(dataset, self.batch_size, 0, self.options)
-
-
-__all__ = ["DataError", "TorchTrain", "TorchVal", "build_transform"]

@@ -80,7 +80,7 @@ def make_plan(config: Config, *, measure_s: float = 8.0, network: Network | None
     optimizer = build.build_optimizer(config.optimizer, model)
     workers = planned_world_size(config)
     batch = config.data.batch_size
-    check_batch(config, workers, info)
+    check_batch(config, info)
     steps_per_epoch = info.num_train // batch
     steps = count_steps(config, steps_per_epoch)
     # The budget as it would be met at once; the run learns another allocation.

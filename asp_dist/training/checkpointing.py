@@ -58,7 +58,8 @@ def fetch_record(config: Config) -> None:
     """Bring the run's record here from ``output.storage``, where it is ahead of the run's folder. For rank 0.
 
     Raises:
-        UserError: the store does not answer, or has another run of this name.
+        UserError: the store has another run of this name.
+        OSError: it does not answer.
     """
     mirror = build_mirror(config)
     if mirror is None:
@@ -71,7 +72,7 @@ def fetch_record(config: Config) -> None:
     try:
         fetched = patiently(fetch, WAITS_S, str(config.output.storage))
     except OSError as error:
-        raise UserError(f"output.storage = {config.output.storage!r} does not answer: {error}") from error
+        raise OSError(f"output.storage = {config.output.storage!r} does not answer: {error}") from error
     if fetched:
         log.info("fetched %s from %s", ", ".join(fetched), config.output.storage)
 

@@ -16,6 +16,7 @@ from asp_dist.training import build
 from asp_dist.training.pruner import build_pruner
 from asp_dist.training.run import count_steps
 from asp_dist.training.rundir import check_run_dir, with_absolute_paths
+from asp_dist.training.shares import share_problem
 from asp_dist.training.world import started_by_torchrun
 
 
@@ -50,7 +51,7 @@ def preflight(config: Config) -> Preflight:
     build.check_optimizer(config.optimizer.name)
     data = inspect_data(config.data)
     world_size = planned_world_size(config)
-    check_batch(config, world_size, data)
+    check_batch(config, data)
     steps_per_epoch = data.num_train // config.data.batch_size
     total_steps = count_steps(config, steps_per_epoch)
     check_budget(config, data, total_steps, steps_per_epoch)
@@ -65,25 +66,25 @@ def planned_world_size(config: Config) -> int:
     return config.cluster.num_workers if config.cluster.mode == "ray" else 1
 
 
-def check_batch(config: Config, world_size: int, data: DataInfo) -> None:
-    """Raise `UserError` unless the batch divides among workers and micro-batches and fits the data."""
-    batch, accumulate = config.data.batch_size, config.training.accumulate
-    parts = world_size * accumulate
-    check(
-        batch % parts == 0,
-        f"data.batch_size = {batch} does not divide among {world_size} workers × training.accumulate = {accumulate}: "
-        f"{batch} / {parts} = {batch / parts:.2f}; take a multiple of {parts}",
-    )
+def planned_sizes(config: Config) -> list[int]:
+    """All numbers of workers that the run may have: more than one for an elastic group."""
+    largest = planned_world_size(config)
+    elastic = config.cluster.mode == "ray" and not started_by_torchrun() and config.cluster.min_workers is not None
+    return list(range(config.cluster.min_workers or largest, largest + 1)) if elastic else [largest]
+
+
+def check_batch(config: Config, data: DataInfo) -> None:
+    """Raise `UserError` unless the batch fits the data, and can be dealt to some number of workers that the run may have."""
+    batch = config.data.batch_size
     check(
         batch <= data.num_train,
         f"data.batch_size = {batch} is more than the {data.num_train} training images of {config.data.root}",
     )
-    augment = config.data.augment
-    check(
-        (batch // parts) % 2 == 0 or not (augment.mixup > 0 or augment.cutmix > 0),
-        f"data.augment.mixup and cutmix pair images: data.batch_size = {batch} over {parts} parts leaves "
-        f"{batch // parts} per part, which is odd",
-    )
+    sizes = planned_sizes(config)
+    problems = [problem for size in sizes if (problem := share_problem(config, size))]
+    if len(problems) == len(sizes):
+        between = f" (and no other size from cluster.min_workers = {sizes[0]} up either)" if len(sizes) > 1 else ""
+        raise UserError(problems[-1] + between)
 
 
 def check_budget(config: Config, data: DataInfo, total_steps: int, steps_per_epoch: int) -> None:

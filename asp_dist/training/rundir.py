@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from asp_dist import __version__
-from asp_dist.config import Config, UserError, config_hash, differences, from_dict, to_dict
+from asp_dist.config import Config, UserError, config_hash, differences, from_dict, may_pass, to_dict
 
 CONFIG, IDENTITY, SUMMARY, MODEL = "config.yaml", "run.json", "summary.json", "model.safetensors"
 
@@ -40,6 +40,7 @@ def check_run_dir(config: Config) -> dict[str, Any] | None:
 
     Raises:
         UserError: it holds a run with another configuration, or one that must not be touched.
+        OSError: the file system does not answer.
     """
     folder = run_dir(config)
     if not (folder / CONFIG).is_file():
@@ -49,6 +50,8 @@ def check_run_dir(config: Config) -> dict[str, Any] | None:
         identity: dict[str, Any] = json.loads((folder / IDENTITY).read_text())
         changed = differences(old, to_dict(with_absolute_paths(config)), config.resume.allow_changes)
     except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
+        if isinstance(error, OSError) and may_pass(error):
+            raise
         raise UserError(
             f"{folder} holds a run whose {CONFIG} or {IDENTITY} cannot be read ({error}): choose another name, or "
             "remove the folder"
@@ -84,6 +87,8 @@ def claim_run_dir(config: Config) -> dict[str, Any]:
             write_text(folder / IDENTITY, json.dumps(identity, indent=1))
         write_text(folder / CONFIG, yaml.safe_dump(to_dict(with_absolute_paths(config)), sort_keys=False))
     except OSError as error:
+        if may_pass(error):
+            raise
         raise UserError(f"output folder {folder} cannot be written: {error.strerror or error}") from error
     return identity
 
