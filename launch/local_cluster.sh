@@ -5,7 +5,8 @@
 # Then, in another terminal, with the two lines that `start` prints:
 #     .venv/bin/asp-dist submit configs/quickstart.yaml --address http://127.0.0.1:8265
 #
-# To change: HEAD_PORT (6379), DASHBOARD_PORT (8265), CPUS_PER_NODE, GPUS_PER_NODE (0), STATE (where the token lies); RAY_AUTH_TOKEN, if the token is to be a given one.
+# To change: HEAD_PORT (6379), DASHBOARD_PORT (8265), CPUS_PER_NODE, GPUS_PER_NODE (0), STATE (the cluster's folder, with its
+# token); RAY_AUTH_TOKEN, if the token is to be a given one.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/env.sh
@@ -14,12 +15,33 @@ source launch/env.sh
 HEAD_PORT=${HEAD_PORT:-6379}
 DASHBOARD_PORT=${DASHBOARD_PORT:-8265}
 GPUS_PER_NODE=${GPUS_PER_NODE:-0}
-STATE=${STATE:-${XDG_RUNTIME_DIR:-/tmp}/asp-dist-cluster-$(id -u)}
+STATE=${STATE:-/tmp/asp-dist-cluster-$(id -u)}
+# Ray's sockets lie 68 characters below, and a socket's path has 107 at most.
+MAX_STATE=39
+
+error() {
+    echo "error: $*" >&2
+    return 2
+}
+
+# Refuse what would fail later, or take a port from another program.
+check_start() {
+    local name
+    ((${#STATE} <= MAX_STATE)) || { error "STATE=$STATE is ${#STATE} characters long: give a path of at most $MAX_STATE"; return; }
+    [[ ! -e $STATE/token ]] || { error "a cluster is already running ($STATE): stop it first"; return; }
+    [[ ! -e $STATE || -O $STATE ]] || { error "$STATE belongs to another user: set STATE to another path"; return; }
+    for name in HEAD_PORT DASHBOARD_PORT; do
+        if (exec 3<>"/dev/tcp/127.0.0.1/${!name}") 2>/dev/null; then
+            error "port ${!name} is in use by another program: set $name to a free port"
+            return
+        fi
+    done
+}
 
 start() {
     local workers=${1:-1} cpus
     cpus=${CPUS_PER_NODE:-$((($(nproc) + workers - 1) / workers))}
-    [[ ! -e $STATE/token ]] || { echo "error: a cluster stands already ($STATE); stop it first" >&2; return 2; }
+    check_start
     mkdir -p "$STATE" && chmod 700 "$STATE"
     (umask 077 && printf '%s' "${RAY_AUTH_TOKEN:-$(head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \n')}" >"$STATE/token")
     unset RAY_AUTH_TOKEN
@@ -43,23 +65,46 @@ start() {
     echo "    .venv/bin/asp-dist submit configs/quickstart.yaml --address http://127.0.0.1:$DASHBOARD_PORT"
 }
 
-# The processes of this cluster alone: those that name its folder or address, or that `start` gave its mark.
-cluster_pids() {
-    pgrep -u "$(id -u)" -f -- "$STATE/ray/|127.0.0.1:$HEAD_PORT" || true
-    local folder
+# The processes of this cluster, a line each: number and start time, which together identify a process. They are those that
+# carry its mark in their environment, and what these have started: a worker that changes its title overwrites its environment.
+cluster_processes() {
+    local folder marked=''
     for folder in /proc/[0-9]*; do
-        if grep -qzxF "ASP_DIST_CLUSTER=$STATE" "$folder/environ" 2>/dev/null; then echo "${folder#/proc/}"; fi
+        if grep -qzxF "ASP_DIST_CLUSTER=$STATE" "$folder/environ" 2>/dev/null; then marked+=" ${folder#/proc/}"; fi
+    done
+    # shellcheck disable=SC2016
+    cat /proc/[0-9]*/stat 2>/dev/null | awk -v marked="$marked" -v self="$$" '
+        { pid = $1; sub(/^.*\) /, ""); if ($1 != "Z") { parent[pid] = $2; start[pid] = $20 } }
+        END {
+            split(marked, list, " "); for (i in list) own[list[i]] = 1
+            for (pid in parent) {
+                found = 0
+                for (p = pid; p in parent; p = parent[p]) { if (p == self) { found = 0; break } if (p in own) found = 1 }
+                if (found) print pid, start[pid]
+            }
+        }'
+}
+
+# Those of the given lines whose process is still there.
+still_there() {
+    local pid begun
+    while read -r pid begun; do
+        if [[ $(awk '{ sub(/^.*\) /, ""); if ($1 != "Z") print $20 }' "/proc/$pid/stat" 2>/dev/null) == "$begun" ]]; then
+            echo "$pid $begun"
+        fi
     done
 }
 
 stop() {
-    local pid
+    local signal pid i all=''
     for signal in TERM KILL; do
-        for pid in $(cluster_pids); do
-            if [[ $pid != "$$" ]]; then kill -s "$signal" "$pid" 2>/dev/null || true; fi
-        done
+        all=$(printf '%s\n%s\n' "$all" "$(cluster_processes)" | sort -u | still_there)
+        while read -r pid _; do
+            [[ -z $pid ]] || kill -s "$signal" "$pid" 2>/dev/null || true
+        done <<<"$all"
         for ((i = 0; i < 50; i++)); do
-            [[ -n $(cluster_pids) ]] || break
+            all=$(still_there <<<"$all")
+            [[ -n $all$(cluster_processes) ]] || break
             sleep 0.2
         done
     done

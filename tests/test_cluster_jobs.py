@@ -110,6 +110,45 @@ def head() -> Iterator[tuple[jobs.Cluster, Path]]:
     assert left == []
 
 
+def local_cluster(command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return subprocess.run(
+        [ROOT / "launch" / "local_cluster.sh", command],
+        env=os.environ | {"PATH": path} | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_processes_of_others_outlive_a_local_cluster() -> None:
+    """A server of another's on the head's port, as Redis calls itself, and a tunnel to such a port."""
+    with (
+        tempfile.TemporaryDirectory(prefix="asp-", dir="/tmp") as folder,
+        socket.create_server(("127.0.0.1", 0)) as server,
+    ):
+        port = str(server.getsockname()[1])
+        settings = {"STATE": f"{folder}/c", "HEAD_PORT": port, "DASHBOARD_PORT": str(free_port())}
+        titles = [f"redis-server 127.0.0.1:{port}", f"ssh -L 1{port}:127.0.0.1:{port} db", f"tail {folder}/c/ray/log"]
+        others = [subprocess.Popen(["bash", "-c", 'exec -a "$0" sleep 600', title]) for title in titles]
+        try:
+            refused = local_cluster("start", **settings)
+            assert refused.returncode == 2
+            assert refused.stderr == f"error: port {port} is in use by another program: set HEAD_PORT to a free port\n"
+            stopped = local_cluster("stop", **settings)
+            assert (stopped.returncode, stopped.stderr) == (0, "")
+            assert [other.poll() for other in others] == [None] * 3
+        finally:
+            for other in others:
+                other.kill()
+                other.wait()
+
+
+def test_a_local_cluster_with_too_long_a_path_is_refused() -> None:
+    refused = local_cluster("start", STATE="/tmp/" + "x" * 60, HEAD_PORT=str(free_port()))
+    assert refused.returncode == 2 and "is 65 characters long: give a path of at most 39" in refused.stderr
+
+
 @pytest.mark.slow
 def test_a_job_runs_to_its_end_and_its_log_is_followed(head: tuple[jobs.Cluster, Path], tmp_path: Path) -> None:
     cluster, state = head

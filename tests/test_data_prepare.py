@@ -129,6 +129,40 @@ def test_imagenet_from_the_official_archives(tmp_path: Path, imagenet: Path, lay
     assert pairs == {jpeg(101): 1, jpeg(102): 0, jpeg(103): 0, jpeg(104): 1}
 
 
+@pytest.mark.parametrize(
+    "name", ["../../../../escaped/owned.txt", "/escaped/owned.txt", "n1/../../owned", "..", "C:\\x", "a/"]
+)
+@pytest.mark.parametrize("archive", [TRAIN, VAL, "inner"])
+def test_nothing_is_written_outside_of_the_target(tmp_path: Path, imagenet: Path, archive: str, name: str) -> None:
+    if archive == "inner":
+        with tarfile.open(imagenet / TRAIN, "w") as tar:
+            inner = io.BytesIO()
+            with tarfile.open(fileobj=inner, mode="w") as nested:
+                add(nested, name, jpeg(1))
+            add(tar, "n01000000.tar", inner.getvalue())
+    else:
+        with tarfile.open(imagenet / archive, "a") as tar:
+            add(tar, name, jpeg(1))
+    target = tmp_path / "deep" / "er" / "target"
+    before = set(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match="would be written outside of the target"):
+        prepare("imagenet", target, source=imagenet, progress=False)
+    assert set(tmp_path.rglob("*")) == before and not Path("/escaped").exists()
+
+
+@pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
+def test_a_class_of_cifar_is_no_way_out_of_the_target(tmp_path: Path, dataset: Any) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    cifar_source(source, dataset, extracted=True)
+    meta = {"cifar10": "cifar-10-batches-py/batches.meta", "cifar100": "cifar-100-python/meta"}[dataset]
+    key = {"cifar10": b"label_names", "cifar100": b"fine_label_names"}[dataset]
+    (source / meta).write_bytes(pickle.dumps({key: [b"cat", b"../../../owned"]}, protocol=2))
+    with pytest.raises(UserError, match="would be written outside of the target"):
+        prepare(dataset, tmp_path / "a" / "b" / "target", source=source, progress=False)
+    assert not (tmp_path / "owned").exists() and not (tmp_path / "a").exists()
+
+
 def test_imagenet_goes_on_after_an_interruption(tmp_path: Path, imagenet: Path) -> None:
     target = tmp_path / "target"
     info = prepare("imagenet", target, source=imagenet, progress=False)

@@ -13,6 +13,7 @@ from typing import IO, Any
 import numpy as np
 
 from asp_dist.config import UserError
+from asp_dist.data.samples import plain_name
 
 URL = "https://www.cs.toronto.edu/~kriz/"
 # data set: (archive, folder, training batches, validation batch, key of the labels, file and key of the names)
@@ -97,7 +98,7 @@ def prepare_cifar(
     """
     _, _, train, val, label_key, (meta, name_key) = LAYOUTS[dataset]
     batches = read_source(dataset, source)
-    names = tuple(name.decode() for name in batches[meta][name_key])
+    names = tuple(plain_name(name.decode(), meta) for name in batches[meta][name_key])
     total = sum(len(batches[name][label_key]) for name in (*train, val))
     with progress(f"Writing {dataset}", total) as advance:
         for split, files in (("train", train), ("val", (val,))):

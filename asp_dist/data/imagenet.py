@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from asp_dist.config import UserError, check
-from asp_dist.data.samples import Names, Samples
+from asp_dist.data.samples import Names, Samples, plain_name
 
 TRAIN, VAL, DEVKIT = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"
 META = "ILSVRC2012_devkit_t12/data/meta.mat"
@@ -37,8 +37,8 @@ def read_devkit(path: Path) -> tuple[dict[int, str], dict[str, str], list[int]]:
         rows = loadmat(io.BytesIO(meta.read()), squeeze_me=True)["synsets"]
         labels = [int(line) for line in truth.read().split()]
     leaves = [row for row in rows if int(row["num_children"]) == 0]
-    synset_of = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in leaves}
-    names = {str(row["WNID"]): str(row["words"]) for row in leaves}
+    synset_of = {int(row["ILSVRC2012_ID"]): plain_name(str(row["WNID"]), DEVKIT) for row in leaves}
+    names = {plain_name(str(row["WNID"]), DEVKIT): str(row["words"]) for row in leaves}
     return synset_of, names, labels
 
 
@@ -53,9 +53,10 @@ def _nested_members(path: Path) -> list[tuple[str, int, int]]:
     members = []
     with path.open("rb") as file:
         for outer, start, size in _members(path):
+            folder = Path(plain_name(outer, TRAIN)).stem
             inner = tarfile.open(fileobj=_Window(file, start, size), mode="r:")  # noqa: SIM115
-            folder = Path(outer).stem
-            members += [(f"{folder}/{m.name}", start + m.offset_data, m.size) for m in inner if m.isfile()]
+            inside = [m for m in inner if m.isfile()]
+            members += [(f"{folder}/{plain_name(m.name, outer)}", start + m.offset_data, m.size) for m in inside]
     return members
 
 
@@ -96,7 +97,10 @@ def open_archives(source: Path) -> Archives:
     check(not missing, f"--source {source}: lacks {', '.join(missing)}; https://image-net.org/download has them")
     try:
         synset_of, named, truth = read_devkit(source / DEVKIT)
-        train, val = _nested_members(source / TRAIN), sorted(_members(source / VAL))
+        train = _nested_members(source / TRAIN)
+        val = sorted((plain_name(name, VAL), start, size) for name, start, size in _members(source / VAL))
+    except UserError:
+        raise
     except (tarfile.TarError, KeyError, ValueError, OSError) as error:
         raise UserError(f"--source {source}: an archive is broken ({error}): fetch it again") from error
     synsets = tuple(sorted(named))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,6 +13,8 @@ from typing import overload
 
 import numpy as np
 from numpy.typing import NDArray
+
+from asp_dist.config import check
 
 IndexArray = NDArray[np.int64]
 
@@ -52,6 +55,22 @@ class Names(Sequence[str]):
         """The strings at `indices` (int64 [M]), in that order, encoded."""
         blob = self.blob
         return [blob[b:e] for b, e in zip(self.begins[indices].tolist(), self.ends[indices].tolist())]
+
+
+def plain_name(name: str, where: str) -> str:
+    """The last part of a path from inside an archive, to write a file under.
+
+    Raises:
+        UserError: the path is absolute, leaves its folder, or has no last part; `where` says which archive it is from.
+    """
+    parts = name.replace("\\", "/").split("/")
+    sound = parts[0] != "" and not re.match(r"[A-Za-z]:$", parts[0]) and ".." not in parts and "\0" not in name
+    check(
+        sound and parts[-1] not in ("", "."),
+        f"{where} has a member called {name!r}, which would be written outside of the target: this is not the official "
+        "archive; fetch it again",
+    )
+    return parts[-1]
 
 
 @dataclass(frozen=True)

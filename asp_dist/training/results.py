@@ -113,6 +113,7 @@ def finish_run(run: Run) -> dict[str, Any]:
         "precision": run.config.training.precision,
         "batch_size": run.config.data.batch_size,
         "data_root": run.config.data.root,
+        "num_classes": len(run.loaders.info.classes),
         "classes": list(run.loaders.info.names),
         "wandb_run_id": getattr(run.tracker, "wandb_id", None),
         "config_hash": config_hash(run.config),
