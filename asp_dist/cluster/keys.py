@@ -14,19 +14,25 @@ import uuid
 from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get
 from ray.job_submission import JobSubmissionClient
 
+from asp_dist.tracking.wandb_mode import configured_server
+
 KEYS = ("WANDB_API_KEY", "HF_TOKEN")
+# What goes with wandb's key: offered to another server than its own, it would be given away.
+WITH_WANDB = ("WANDB_BASE_URL", "WANDB_MODE", "WANDB_ENTITY", "WANDB_PROJECT")
 PLACE = "ASP_DIST_KEYS"  # the environment variable that names the place
 
 
 def here() -> dict[str, str]:
-    """The keys in this process's environment."""
-    return {name: os.environ[name] for name in KEYS if os.environ.get(name)}
+    """The keys in this process's environment, and where and how wandb tracks, by the environment or its settings files."""
+    found = {name: os.environ[name] for name in (*KEYS, *WITH_WANDB) if os.environ.get(name)}
+    address = configured_server()
+    return found if address is None else {"WANDB_BASE_URL": address, **found}
 
 
 def deposit(client: JobSubmissionClient) -> dict[str, str]:
     """Put this process's keys into the head's memory; returns the environment variable that lets a job `collect` them."""
     keys = here()
-    if not keys:
+    if not any(name in keys for name in KEYS):
         return {}
     name = f"asp-dist-{uuid.uuid4().hex}.zip"  # the ending by which Ray knows a package
     answer = client._do_request("PUT", f"/api/packages/gcs/{name}", data=json.dumps(keys).encode())
@@ -42,4 +48,4 @@ def collect() -> None:
     stored = _internal_kv_get(place)
     if stored is not None:
         _internal_kv_del(place)
-        os.environ.update({name: value for name, value in json.loads(stored).items() if name in KEYS})
+        os.environ.update({name: value for name, value in json.loads(stored).items() if name in (*KEYS, *WITH_WANDB)})

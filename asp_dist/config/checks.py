@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import re
+from urllib.parse import parse_qsl, urlsplit
 
 
 class UserError(ValueError):
@@ -33,6 +35,28 @@ def check(condition: bool, message: str) -> None:
     """Raise `UserError(message)` unless `condition` holds."""
     if not condition:
         raise UserError(message)
+
+
+# Names of options that carry credentials in the addresses that pyarrow and fsspec know.
+_SECRET = re.compile(r"secret|token|passw|credential|private|signature|access_?key|^(sig|key)$", re.IGNORECASE)
+
+
+def check_address(name: str, address: str | None) -> None:
+    """Raise `UserError`, without showing them, if an address holds credentials: it is written to files, logs and wandb."""
+    if address is None or "://" not in address:
+        return
+    parts = urlsplit(address)
+    user, at, _ = parts.netloc.rpartition("@")
+    # A container of Azure, a name without a password and Google's word for no login are no secrets.
+    known = user == "anonymous" or (":" not in user and parts.scheme not in ("s3", "gs", "gcs", "http", "https"))
+    options = [option for option, _ in parse_qsl(parts.query, keep_blank_values=True) if _SECRET.search(option)]
+    if (at and not known) or options:
+        what = f"the option {options[0]}" if options else "a user's name or password"
+        raise UserError(
+            f"{name}: the {parts.scheme}:// address holds {what}, which would reach the run's files and wandb: leave it out "
+            "and set the environment instead (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE; "
+            "GOOGLE_APPLICATION_CREDENTIALS; AZURE_STORAGE_KEY)"
+        )
 
 
 def check_fraction(name: str, value: float | None, *, upper_open: bool = False) -> None:

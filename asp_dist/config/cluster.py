@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from asp_dist.config.checks import check, check_positive
+from asp_dist.config.checks import check, check_address, check_positive
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,7 @@ class OutputConfig:
             self.storage is None or "://" in self.storage,
             f"output.storage = {self.storage!r} is no address: give one such as s3://bucket/runs, or use output.dir",
         )
+        check_address("output.storage", self.storage)
 
 
 @dataclass(frozen=True)

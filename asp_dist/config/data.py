@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from asp_dist.config.checks import check, check_fraction, check_positive
+from asp_dist.config.checks import check, check_address, check_fraction, check_positive
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,7 @@ class DataConfig:
     augment: AugmentConfig = AugmentConfig()
 
     def __post_init__(self) -> None:
+        check_address("data.root", self.root)
         check(self.batch_size >= 1, f"data.batch_size = {self.batch_size} must be at least 1")
         for name in ("eval_batch_size", "input_size", "threads", "prefetch", "synthetic_classes"):
             check_positive(f"data.{name}", getattr(self, name))

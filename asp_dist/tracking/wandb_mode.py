@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import configparser
 import json
 import netrc
 import os
@@ -46,6 +47,17 @@ def api_key(base_url: str) -> str | None:
     import wandb
 
     return wandb.setup().settings.api_key
+
+
+def configured_server() -> str | None:
+    """The server that wandb's settings files name (``wandb login --host`` writes one), None if they name none."""
+    folder = os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb"
+    settings = configparser.ConfigParser(interpolation=None)
+    try:
+        settings.read([Path(folder).expanduser() / "settings", Path("wandb") / "settings"])
+    except (configparser.Error, UnicodeDecodeError):
+        return None  # wandb takes a broken file for an empty one
+    return settings.get("default", "base_url", fallback=None)
 
 
 def _ask(base_url: str, key: str | None, timeout: float) -> str:
