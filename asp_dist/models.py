@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from pathlib import Path
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import timm
@@ -14,6 +14,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor, nn
 
 from asp_dist.config import ModelConfig, UserError
+from asp_dist.pretrained import read_weights, starting_weights
 
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
@@ -228,21 +229,24 @@ def build_model(config: ModelConfig, num_classes: int, input_size: int | None = 
         input_size: image side; models whose parameters depend on it (vision transformers) are built for it.
 
     Raises:
-        UserError: unknown name, unreadable weights file, or arguments that the model does not take.
+        UserError: unknown name, a weights file that is unreadable or for another network, or arguments that the model does
+            not take.
+        OSError: the file system with the weights does not answer.
     """
     check_model_name(config.name)
     kwargs = dict(config.kwargs)
     default = timm.get_pretrained_cfg(config.name, allow_unregistered=True)
     if input_size is not None and default is not None and default.fixed_input_size:
         kwargs.setdefault("img_size", input_size)
-    pretrained = config.pretrained
+    loading: AbstractContextManager[None] = nullcontext()
     if config.weights is not None:
-        if not Path(config.weights).is_file():
-            raise UserError(f"model.weights = {config.weights!r} is not a file: give a .safetensors or .pth file")
-        pretrained = True
-        kwargs["pretrained_cfg_overlay"] = {"file": config.weights}
+        loading = starting_weights(config.weights, config.name, read_weights(config.weights))
     try:
-        return timm.create_model(config.name, pretrained=pretrained, num_classes=num_classes, **kwargs)
+        with loading:
+            pretrained = config.pretrained or config.weights is not None
+            return timm.create_model(config.name, pretrained=pretrained, num_classes=num_classes, **kwargs)
+    except UserError:
+        raise
     except (TypeError, ValueError, RuntimeError, OSError) as error:
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"model {config.name!r} could not be built with {kwargs}: {first_line}") from error
