@@ -192,7 +192,7 @@ def test_storage_that_does_not_answer_is_no_bad_file(tmp_path: Path, backend: An
         file.symlink_to("/proc/self/mem")  # whose first byte cannot be read: EIO
     loader = loaders(config(root, backend=backend, batch_size=719))
     for batches, where in ((loader.train.start(0), "rank 0, epoch 0"), (iter(loader.val), "rank 0, validation")):
-        with pytest.raises(RuntimeError, match=rf"{where}.*4/.*Input/output error.*restarts") as caught:
+        with pytest.raises(RuntimeError, match=rf"{where}.*4/.*Input/output error.*restart") as caught:
             list(batches)
         assert isinstance(caught.value, DataReadError)
 

@@ -437,9 +437,9 @@ def test_preflight_counts_ray_workers_and_torchrun_ranks(tmp_path: Path, monkeyp
     with pytest.raises(UserError, match="16 does not divide among 3 workers"):
         preflight(config)
     elastic = with_changes(config, cluster__min_workers=2)
-    assert preflight(elastic).world_size == 3  # two of them will train
+    assert preflight(elastic).world_size == 2
     with pytest.raises(
-        UserError, match=r"16 does not divide among 7 workers .*no other size from cluster.min_workers = 5"
+        UserError, match=r"16 does not divide among 7 workers .*nor among any fewer, down to cluster.min_workers = 5"
     ):
         preflight(with_changes(config, cluster__num_workers=7, cluster__min_workers=5))
     monkeypatch.setenv("RANK", "0")

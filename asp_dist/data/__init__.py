@@ -1,10 +1,20 @@
 """Images to tensors: data sets, their order over epochs and ranks, and the pipelines that decode and augment them."""
 
 from asp_dist.data.digits import prepare_digits
-from asp_dist.data.errors import DataError
+from asp_dist.data.errors import DataError, DataReadError
 from asp_dist.data.info import DataInfo, inspect_data
 from asp_dist.data.loaders import Loaders, build_loaders
 from asp_dist.data.preparation import prepare
 from asp_dist.data.verification import verify
 
-__all__ = ["DataError", "DataInfo", "Loaders", "build_loaders", "inspect_data", "prepare", "prepare_digits", "verify"]
+__all__ = [
+    "DataError",
+    "DataInfo",
+    "DataReadError",
+    "Loaders",
+    "build_loaders",
+    "inspect_data",
+    "prepare",
+    "prepare_digits",
+    "verify",
+]

@@ -47,6 +47,22 @@ class PipelineRun:
         return tensor, positions(places, self.tar)
 
 
+def build(pipeline: Any, samples: Samples, part: IndexArray, *, where: str) -> None:
+    """Build a pipeline over `part`, which opens every shard.
+
+    Raises:
+        DataError: a shard is not there.
+        DataReadError: a shard that cannot be read now.
+    """
+    try:
+        pipeline.build()
+    except RuntimeError as error:
+        if samples.shard is None:
+            raise
+        one_of_each = part[np.unique(samples.shard[part], return_index=True)[1]]
+        raise pipeline_error(error, samples, one_of_each, where=where) from error
+
+
 def serve(
     run: PipelineRun,
     samples: Samples,
@@ -77,7 +93,7 @@ def serve(
         wanted = part[start : start + size]
         try:
             images, positions = run.next()
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             ahead = part[start : start + (options.prefetch + 2) * size]
             raise pipeline_error(error, samples, ahead, where=where(start // size)) from error
         real = len(wanted)
@@ -140,7 +156,7 @@ class DaliTrain(TrainLoader):
                 checkpoint=None if state is None else base64.b64decode(state),
                 **arguments,
             )
-            pipeline.build()
+            build(pipeline, self.samples, part, where=f"rank {options.rank}, epoch {epoch}, step {self._first_step}")
         return PipelineRun(pipeline, batches, arguments["prefetch_queue_depth"], reader.tar)
 
     def _batches(self, epoch: int, step: int, pipeline: str | None) -> Iterator[Batch]:
@@ -158,7 +174,9 @@ class DaliTrain(TrainLoader):
             self.options,
             first=skip * micro,
             size=micro,
-            where=lambda batch: f"rank {self.options.rank}, epoch {epoch}, step {batch // self.plan.accumulate}",
+            where=lambda batch: (
+                f"rank {self.options.rank}, epoch {epoch}, step {self._first_step + batch // self.plan.accumulate}"
+            ),
         )
 
     def close(self) -> None:
@@ -181,7 +199,7 @@ class DaliVal(ValLoader):
         arguments = pipeline_options(self.options, size, batches)
         with reader_of(self.samples, part) as reader:
             pipeline = val_pipeline(reader, self.options.spec, dali_device(self.options), **arguments)
-            pipeline.build()
+            build(pipeline, self.samples, part, where=f"rank {self.options.rank}, validation batch 0")
         run = PipelineRun(pipeline, batches, arguments["prefetch_queue_depth"], reader.tar)
         yield from serve(
             run,

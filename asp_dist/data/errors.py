@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -22,12 +22,30 @@ class DataReadError(RuntimeError):
     """Images that cannot be read now, or a pipeline that failed though every file decodes: a restart may well succeed."""
 
 
-# How CUDA's errors read, whatever passes them on. They say nothing about any file.
-_CUDA = re.compile(r"\bCUDA (error|runtime|driver|allocation)|\bcudaError|\bCUDA_ERROR|\bNVML\b")
+Look = Callable[[bytes], str | None]  # what is wrong with an encoded image, or None
+
+# How errors of CUDA and of its drivers read, whatever passes them on. They say nothing about any file.
+_DEVICE = re.compile(
+    r"\bCUDA (error|runtime|driver|allocation|out of memory)|\bcudaError|\bCUDA_ERROR|\bnvml error", re.IGNORECASE
+)
+# How DALI says that the machine has no memory left.
+_MEMORY = re.compile(r"bad_alloc|can(no|')t allocate|failed to allocate|out of memory", re.IGNORECASE)
+AGAIN = (
+    "another attempt may succeed: on Ray, the workers restart from the last checkpoint, up to cluster.max_failures times; "
+    "elsewhere, start the same command again"
+)
 
 
-def diagnose(encoded: bytes) -> str | None:
-    """Why PIL does not decode `encoded`, or None if it does."""
+def diagnose(encoded: bytes, *, strict: bool = False) -> str | None:
+    """Why PIL does not decode `encoded`, or None if it does.
+
+    Args:
+        encoded: an image file.
+        strict: count what PIL alone refuses too: an image above its limit of pixels, or that does not become RGB.
+
+    Raises:
+        MemoryError: there was no memory left, which is not the file's fault.
+    """
     from PIL import Image, UnidentifiedImageError
 
     if not encoded:
@@ -35,6 +53,12 @@ def diagnose(encoded: bytes) -> str | None:
     try:
         with Image.open(io.BytesIO(encoded)) as image:
             image.load()
+            if strict:
+                image.convert("RGB")
+    except MemoryError:
+        raise
+    except Image.DecompressionBombError as error:
+        return f"{error}" if strict else None
     except UnidentifiedImageError:
         return "no image format that is known"
     except Exception as error:  # PIL raises OSError, SyntaxError, ValueError and more for broken files
@@ -43,15 +67,27 @@ def diagnose(encoded: bytes) -> str | None:
 
 
 def dali_diagnose(encoded: bytes) -> str | None:
-    """DALI's own complaint about one image, or None."""
+    """DALI's own complaint about one image, or None.
+
+    Raises:
+        RuntimeError: the device or the memory failed, which is not the file's fault.
+    """
     from nvidia.dali.experimental import dynamic
 
     try:
         decoded = dynamic.decoders.image(dynamic.as_tensor(np.frombuffer(encoded, dtype=np.uint8)))
         _ = decoded.shape
     except RuntimeError as error:
-        return f"DALI does not decode it ({str(error).splitlines()[0]})"
+        if _DEVICE.search(str(error)) or _MEMORY.search(str(error)):
+            raise
+        return f"DALI does not decode it ({_cause(error)})"
     return None
+
+
+def _cause(error: Exception) -> str:
+    """The line of the error's text that says why; DALI puts the operator and where it was defined before it."""
+    lines = [line.strip() for line in str(error).rpartition("encountered:")[2].splitlines()]
+    return next((line for line in lines if line and not line.endswith(":")), type(error).__name__)
 
 
 @dataclass(frozen=True)
@@ -67,18 +103,22 @@ class Suspects:
     unread: tuple[tuple[int, str], ...] = ()
 
 
-def examine(samples: Samples, indices: Iterable[int], look: Callable[[bytes], str | None] = diagnose) -> Suspects:
-    """Read the samples `indices`, and let `look` say what is wrong with each; what it complains of is read once more."""
+def examine(samples: Samples, indices: Iterable[int], look: Look = diagnose) -> Suspects:
+    """Read the samples `indices`, and let `look` say what is wrong with each; what it complains of is read once more.
+
+    Every time from storage: the system's cache would hand out the same damaged bytes twice.
+    """
 
     def reason(index: int) -> tuple[bool, str] | None:
         """(whether it is the file's fault, what is wrong); None if nothing is."""
         for attempt in (1, 2):
             try:
-                complaint = look(samples.read(index))
+                complaint = look(samples.read(index, fresh=True))
             except OSError as error:
-                text = error.strerror or str(error)
                 if may_pass(error) or attempt == 2:
-                    return not may_pass(error), text
+                    return not may_pass(error), error.strerror or _cause(error)
+            except (MemoryError, RuntimeError) as error:
+                return False, _cause(error)
             else:
                 if complaint is None or attempt == 2:
                     return None if complaint is None else (True, complaint)
@@ -93,12 +133,12 @@ def examine(samples: Samples, indices: Iterable[int], look: Callable[[bytes], st
     )
 
 
-def _culprits(message: str, samples: Samples, indices: list[int]) -> Suspects:
+def _culprits(message: str, samples: Samples, indices: list[int], looks: Sequence[Look]) -> Suspects:
     """The files that DALI's message names, if they are at fault, else the first found among the batches under way."""
     named = [i for i in indices if samples.shard is None and samples.names[i] in message]
-    found = examine(samples, named)
+    found = examine(samples, named, looks[0])
     chunks = [indices[i : i + 64] for i in range(0, len(indices), 64)]
-    for look in (diagnose, dali_diagnose):
+    for look in looks:
         for chunk in chunks:
             if found.bad or found.unread:
                 return found
@@ -106,21 +146,30 @@ def _culprits(message: str, samples: Samples, indices: list[int]) -> Suspects:
     return found
 
 
-def pipeline_error(error: Exception, samples: Samples, indices: Iterable[int], *, where: str) -> Exception:
+def pipeline_error(
+    error: Exception,
+    samples: Samples,
+    indices: Iterable[int],
+    *,
+    where: str,
+    looks: Sequence[Look] = (diagnose, dali_diagnose),
+) -> Exception:
     """The error to raise when a batch failed: looks through `indices` for the files that are at fault.
 
     Args:
         error: what the pipeline raised.
         indices: samples of the batches that were under way.
         where: rank, epoch and step, for the message.
+        looks: what judges the files, one after the other.
 
     Returns:
         A `DataError` if a file twice did not decode, or is not there; `error` itself if the device failed; else a
         `DataReadError`.
     """
-    if _CUDA.search(str(error)):
+    if _DEVICE.search(str(error)):
         return error
-    found = _culprits(str(error), samples, list(dict.fromkeys(int(i) for i in indices)))
+    asked = list(dict.fromkeys(int(i) for i in indices))
+    found = _culprits(str(error), samples, asked, looks)
     listed = found.bad or found.unread
     files = "; ".join(f"{samples.place(index)}: {reason}" for index, reason in listed[:5])
     files += f" (and {len(listed) - 5} more)" if len(listed) > 5 else ""
@@ -129,8 +178,13 @@ def pipeline_error(error: Exception, samples: Samples, indices: Iterable[int], *
             f"{where}: cannot decode {files}. Run `asp-dist verify {samples.root} --manifest FILE` to list every bad file "
             "and write a manifest without them, or replace the file, then start the same command again"
         )
-    again = "the run restarts from its last checkpoint, as often as cluster.max_failures allows"
     if found.unread:
-        return DataReadError(f"{where}: cannot read {files} now; {again}")
-    first = next((line for line in str(error).splitlines() if "rror" not in line and line.strip()), str(error))
-    return DataReadError(f"{where}: the data pipeline failed, but every file of the batch decodes: {first}; {again}")
+        return DataReadError(f"{where}: cannot read {files}; {AGAIN}")
+    looked_at = f"{samples.place(asked[0])} reads" if len(asked) == 1 else "every file of the batch reads"
+    return DataReadError(f"{where}: {_cause(error)}; but {looked_at} and decodes now; {AGAIN}")
+
+
+def without_traceback(error: DataError | DataReadError) -> DataError | DataReadError:
+    """The error of a worker process of torch's as it was raised there: torch puts its traceback into the message."""
+    name = f"{type(error).__module__}.{type(error).__qualname__}: "
+    return type(error)(str(error).rpartition(name)[2].strip())

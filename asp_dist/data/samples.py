@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -115,15 +116,25 @@ class Samples:
             return str(self.root / self.names[index])
         return f"{self.names[index]} in shard {self.root / self.shards[int(self.shard[index])]}"
 
-    def read(self, index: int) -> bytes:
+    def read(self, index: int, *, fresh: bool = False) -> bytes:
         """The encoded bytes of sample `index`.
+
+        Args:
+            index: the sample.
+            fresh: read from storage, not from the system's cache. Pages that another process maps stay in the cache.
 
         Raises:
             OSError: the file is missing or cannot be read.
         """
         if self.shard is None:
-            return (self.root / self.names[index]).read_bytes()
-        assert self.offset is not None and self.size is not None
-        with open(self.root / self.shards[int(self.shard[index])], "rb") as file:
-            file.seek(int(self.offset[index]))
-            return file.read(int(self.size[index]))
+            path, offset, size = self.root / self.names[index], 0, -1
+        else:
+            assert self.offset is not None and self.size is not None
+            path = self.root / self.shards[int(self.shard[index])]
+            offset, size = int(self.offset[index]), int(self.size[index])
+        with path.open("rb") as file:
+            if fresh:
+                with suppress(OSError):  # a file system may not know the request
+                    os.posix_fadvise(file.fileno(), offset, max(0, size), os.POSIX_FADV_DONTNEED)
+            file.seek(offset)
+            return file.read(size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import random
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from asp_dist.config import AugmentConfig
 from asp_dist.data.base import Batch, Options, TrainLoader, ValLoader
-from asp_dist.data.errors import pipeline_error
+from asp_dist.data.errors import DataError, DataReadError, diagnose, pipeline_error, without_traceback
 from asp_dist.data.images import ImageSpec
 from asp_dist.data.order import Plan
 from asp_dist.data.samples import IndexArray, Samples
+
+STRICT = partial(diagnose, strict=True)  # PIL itself decodes here
 
 
 def build_transform(spec: ImageSpec, augment: AugmentConfig | None) -> Callable[[Any], Any]:
@@ -65,7 +68,8 @@ class DecodedDataset(Dataset[tuple[torch.Tensor, int]]):
         part: int64 [M], the samples to serve.
         transform: PIL image to tensor.
         key: whole numbers that the draws depend on; None for no randomness.
-        where: rank and epoch, for messages.
+        where: rank and epoch, for messages, up to the word that the step's number follows.
+        step: samples of this rank per step.
     """
 
     def __init__(
@@ -75,8 +79,10 @@ class DecodedDataset(Dataset[tuple[torch.Tensor, int]]):
         transform: Callable[[Any], Any],
         key: tuple[int, ...] | None,
         where: str,
+        step: int,
     ) -> None:
-        self.samples, self.part, self.transform, self.key, self.where = samples, part, transform, key, where
+        self.samples, self.part, self.transform, self.key = samples, part, transform, key
+        self.where, self.step = where, step
 
     def __len__(self) -> int:
         return len(self.part)
@@ -91,14 +97,21 @@ class DecodedDataset(Dataset[tuple[torch.Tensor, int]]):
             np.random.seed(seed)  # timm's transforms draw from all three
             torch.manual_seed(seed)
         try:
-            with Image.open(io.BytesIO(self.samples.read(index))) as image:
-                return self.transform(image.convert("RGB")), int(self.samples.labels[index])
-        except (OSError, SyntaxError, ValueError) as error:
-            raise pipeline_error(error, self.samples, [index], where=self.where) from error
+            with Image.open(io.BytesIO(self.samples.read(index))) as encoded:
+                image = encoded.convert("RGB")
+        except Exception as error:  # PIL raises OSError, SyntaxError, ValueError and more for broken files
+            where = f"{self.where} {position // self.step}"
+            raise pipeline_error(error, self.samples, [index], where=where, looks=[STRICT]) from error
+        return self.transform(image), int(self.samples.labels[index])
 
 
 def serve(dataset: DecodedDataset, batch: int, first: int, options: Options) -> Iterator[Batch]:
-    """Batches of `dataset` from position `first` on; the last may be smaller."""
+    """Batches of `dataset` from position `first` on; the last may be smaller.
+
+    Raises:
+        DataError: a file that does not decode, with its name.
+        DataReadError: a file that cannot be read now.
+    """
     order = [list(range(i, min(i + batch, len(dataset)))) for i in range(first, len(dataset), batch)]
     cuda = options.device.type == "cuda"
     loader: DataLoader[Any] = DataLoader(
@@ -108,8 +121,16 @@ def serve(dataset: DecodedDataset, batch: int, first: int, options: Options) -> 
         prefetch_factor=options.prefetch if len(order) > 1 else None,
         pin_memory=cuda,
     )
-    for images, targets in loader:
+    for images, targets in _unwrapped(loader):
         yield images.to(options.device, non_blocking=cuda), targets.to(options.device, non_blocking=cuda)
+
+
+def _unwrapped(loader: DataLoader[Any]) -> Iterator[Any]:
+    """The loader's batches; its errors in one line."""
+    try:
+        yield from loader
+    except (DataError, DataReadError) as error:
+        raise without_traceback(error) from error
 
 
 class TorchTrain(TrainLoader):
@@ -125,7 +146,8 @@ class TorchTrain(TrainLoader):
             self._part(epoch, 0),
             build_transform(options.spec_in(epoch), options.augment),
             (options.seed % 2**64, epoch, options.rank),
-            f"rank {options.rank}, epoch {epoch}",
+            f"rank {options.rank}, epoch {epoch}, step",
+            self.plan.micro * self.plan.accumulate,
         )
         yield from serve(dataset, self.plan.micro, step * self.plan.accumulate * self.plan.micro, options)
 
@@ -136,6 +158,6 @@ class TorchVal(ValLoader):
     def _batches(self) -> Iterator[Batch]:
         assert self.samples is not None
         transform = build_transform(self.options.spec, None)
-        where = f"rank {self.options.rank}, validation"
-        dataset = DecodedDataset(self.samples, self.part, transform, None, where)
+        where = f"rank {self.options.rank}, validation batch"
+        dataset = DecodedDataset(self.samples, self.part, transform, None, where, self.batch_size)
         yield from serve(dataset, self.batch_size, 0, self.options)

@@ -16,7 +16,7 @@ from asp_dist.training import build
 from asp_dist.training.pruner import build_pruner
 from asp_dist.training.run import count_steps
 from asp_dist.training.rundir import check_run_dir, with_absolute_paths
-from asp_dist.training.shares import share_problem
+from asp_dist.training.shares import group_sizes, share_problem
 from asp_dist.training.world import started_by_torchrun
 
 
@@ -60,17 +60,12 @@ def preflight(config: Config) -> Preflight:
 
 
 def planned_world_size(config: Config) -> int:
-    """The number of workers that the configuration and the environment ask for."""
+    """The number of workers that the configuration and the environment ask for: of an elastic group, the largest one's."""
     if started_by_torchrun():
         return int(os.environ["WORLD_SIZE"])
-    return config.cluster.num_workers if config.cluster.mode == "ray" else 1
-
-
-def planned_sizes(config: Config) -> list[int]:
-    """All numbers of workers that the run may have: more than one for an elastic group."""
-    largest = planned_world_size(config)
-    elastic = config.cluster.mode == "ray" and not started_by_torchrun() and config.cluster.min_workers is not None
-    return list(range(config.cluster.min_workers or largest, largest + 1)) if elastic else [largest]
+    if config.cluster.mode != "ray":
+        return 1
+    return max(group_sizes(config), default=config.cluster.num_workers)
 
 
 def check_batch(config: Config, data: DataInfo) -> None:
@@ -80,11 +75,13 @@ def check_batch(config: Config, data: DataInfo) -> None:
         batch <= data.num_train,
         f"data.batch_size = {batch} is more than the {data.num_train} training images of {config.data.root}",
     )
-    sizes = planned_sizes(config)
-    problems = [problem for size in sizes if (problem := share_problem(config, size))]
-    if len(problems) == len(sizes):
-        between = f" (and no other size from cluster.min_workers = {sizes[0]} up either)" if len(sizes) > 1 else ""
-        raise UserError(problems[-1] + between)
+    workers, cluster = planned_world_size(config), config.cluster
+    problem = share_problem(config, workers)
+    if problem and workers == cluster.num_workers != (cluster.min_workers or workers) and not started_by_torchrun():
+        problem += (
+            f"; nor among any fewer, down to cluster.min_workers = {cluster.min_workers}: lower it, or change the batch"
+        )
+    check(not problem, problem)
 
 
 def check_budget(config: Config, data: DataInfo, total_steps: int, steps_per_epoch: int) -> None:

@@ -17,7 +17,7 @@ def share_problem(config: Config, world_size: int) -> str:
     if (batch // parts) % 2 and (augment.mixup > 0 or augment.cutmix > 0):
         return (
             f"data.augment.mixup and cutmix pair images: data.batch_size = {batch} over {parts} parts leaves "
-            f"{batch // parts} per part, which is odd"
+            f"{batch // parts} per part, which is odd; use a multiple of {2 * parts}"
         )
     return ""
 
