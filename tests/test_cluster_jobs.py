@@ -80,6 +80,12 @@ def test_a_dead_job_server_is_said_so() -> None:
         jobs.Cluster("http://127.0.0.1:1").connect()
 
 
+def drivers_of(cluster_folder: Path) -> list[str]:
+    """The jobs that train on this cluster."""
+    marked = f"ASP_DIST_CLUSTER={cluster_folder}".encode()
+    return [t for number, _, t in processes() if "asp_dist train job.yaml" in t and marked in environment_of(number)]
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -194,7 +200,7 @@ def test_a_failing_job_gives_its_exit_code_and_its_message(head: tuple[jobs.Clus
 
 @pytest.mark.slow
 def test_a_stopped_job_leaves_a_checkpoint_and_no_process(head: tuple[jobs.Cluster, Path], tmp_path: Path) -> None:
-    cluster, _ = head
+    cluster, cluster_folder = head
     config = tiny(tmp_path)
     config = replace(config, name="long", schedule=replace(config.schedule, epochs=10_000))
     out = io.StringIO()
@@ -205,12 +211,16 @@ def test_a_stopped_job_leaves_a_checkpoint_and_no_process(head: tuple[jobs.Clust
         time.sleep(0.5)
     assert jobs.status(job, cluster, out) == 0
     assert "RUNNING" in out.getvalue()
+    assert drivers_of(cluster_folder)
     assert jobs.stop(job, cluster, out) == 0
     assert jobs.status(job, cluster, out) == jobs.EXIT_STOPPED
     assert list((tmp_path / "long" / "checkpoints").glob("step-*"))
     left = [t for t in threading.enumerate() if t.name == "ray-train"]
-    drivers = subprocess.run(["pgrep", "-f", "asp_dist train job.yaml"], capture_output=True, text=True).stdout
-    assert (left, drivers) == ([], "")
+    assert left == []
+    deadline = time.monotonic() + 60  # Ray says that a job has stopped before its processes have
+    while (drivers := drivers_of(cluster_folder)) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert drivers == []
 
 
 @pytest.mark.slow

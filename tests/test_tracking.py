@@ -133,6 +133,25 @@ def test_tail_gives_whole_rows_as_they_come_and_survives_truncation(tmp_path: Pa
     assert [row["step"] for row in tail.read()] == [2]
 
 
+@pytest.mark.parametrize("from_end", [False, True])
+def test_tail_gives_all_rows_of_a_run_that_fell_back_and_overtook_it(tmp_path: Path, from_end: bool) -> None:
+    path = tmp_path / "metrics.jsonl"
+    file = MetricsFile(path)
+    for step in (2, 4, 6):
+        file.append(step, {"train/loss": 1.0})
+    file.close()
+    tail = Tail(path, from_end=from_end)
+    assert [row["step"] for row in tail.read()] == ([] if from_end else [2, 4, 6])
+    file = MetricsFile(path, resume_step=2)  # cuts 4 and 6 off, and has outgrown them when the tail looks again
+    file.append(2, {"event": "resume", "message": "resumed from step-00000002; 2 workers instead of 4" + "." * 200})
+    for step in (4, 6, 8):
+        file.append(step, {"train/loss": 0.5})
+    file.close()
+    rows = tail.read()
+    assert [(row["step"], row["kind"]) for row in rows] == [(2, "event"), (4, "train"), (6, "train"), (8, "train")]
+    assert tail.read() == []
+
+
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     with build_tracker(offline(), tmp_path / "run", rank=1) as tracker:
         tracker.log(1, TRAIN)

@@ -161,16 +161,26 @@ def _descendants(root: int) -> dict[int, str]:
 
 
 def _wait_for_exit(processes: dict[int, str]) -> None:
-    """Wait until these processes have ended; kill those that have not after `EXIT_WAIT_S` seconds."""
-    deadline = time.monotonic() + EXIT_WAIT_S
-    while True:
-        table = _processes()
-        alive = [pid for pid, start in processes.items() if table.get(pid, (0, ""))[1] == start]
-        if not alive:
-            return
-        if time.monotonic() > deadline:
-            break
-        time.sleep(0.1)
-    for pid in alive:
+    """Wait until these processes have ended; those that have not after `EXIT_WAIT_S` seconds are killed."""
+    if _have_ended(processes):
+        return
+    for pid in _alive(processes):
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
+    _have_ended(processes)  # a killed process takes its time as well
+
+
+def _have_ended(processes: dict[int, str]) -> bool:
+    """Wait for these processes, `EXIT_WAIT_S` seconds at most; returns whether all have ended."""
+    deadline = time.monotonic() + EXIT_WAIT_S
+    while _alive(processes):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def _alive(processes: dict[int, str]) -> list[int]:
+    """The numbers of those that have not ended; a number may have passed to another process since."""
+    table = _processes()
+    return [pid for pid, start in processes.items() if table.get(pid, (0, ""))[1] == start]

@@ -6,8 +6,9 @@ import json
 import math
 import os
 import time
+import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 Row = dict[str, Any]
 
@@ -129,24 +130,40 @@ def last_step(data: bytes) -> int:
 class Tail:
     """Follows a growing ``metrics.jsonl``: each `read` gives the whole rows that came since the last one.
 
-    A resumed run cuts rows off and writes them again; these are given again.
+    A resumed run cuts rows off and writes others in their place, at once and perhaps more of them: these are given,
+    from the first one that differs.
+
+    Args:
+        path: the file, which need not exist yet.
+        from_end: leave out what it holds now.
     """
 
     def __init__(self, path: Path, *, from_end: bool = False) -> None:
         self.path = path
-        self._position = path.stat().st_size if from_end and path.exists() else 0
+        self._given: list[tuple[int, int, int]] = []  # of each line: where it begins and ends, and its checksum
+        if from_end:
+            self.read()
 
     def read(self) -> list[Row]:
         """Rows since the last call, oldest first; an unfinished last line waits for the next call."""
         try:
             with self.path.open("rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                self._position = min(self._position, size)
-                file.seek(self._position)
+                while self._given and not _stands(file, *self._given[-1]):
+                    self._given.pop()
+                start = self._given[-1][1] if self._given else 0
+                file.seek(start)
                 data = file.read()
         except FileNotFoundError:
             return []
-        whole = data[: data.rfind(b"\n") + 1]
-        self._position += len(whole)
-        rows = (parse(line) for line in whole.decode("utf-8", errors="replace").splitlines())
+        rows = []
+        for line in data[: data.rfind(b"\n") + 1].splitlines(keepends=True):
+            self._given.append((start, start + len(line), zlib.crc32(line)))
+            start += len(line)
+            rows.append(parse(line.decode("utf-8", errors="replace")))
         return [row for row in rows if row is not None]
+
+
+def _stands(file: BinaryIO, start: int, end: int, checksum: int) -> bool:
+    """Whether the file still has that line at that place."""
+    file.seek(start)
+    return zlib.crc32(file.read(end - start)) == checksum
