@@ -18,7 +18,8 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from asp_dist import __version__
 from asp_dist.commands import COMMANDS
-from asp_dist.config import Config, UserError, from_dict
+from asp_dist.config import Config, from_dict
+from asp_dist.errors import UserError
 
 EXIT_USER, EXIT_FAILURE, EXIT_STOPPED, EXIT_INTERRUPTED = 2, 1, 75, 130
 

@@ -13,7 +13,8 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from asp_dist.config import ModelConfig, UserError
+from asp_dist.config import ModelConfig
+from asp_dist.errors import UserError
 from asp_dist.pretrained import read_weights, starting_weights
 
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)

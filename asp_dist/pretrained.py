@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from timm.models import _builder, load_state_dict
 from torch import Tensor, nn
 
-from asp_dist.config import UserError, check, may_pass
+from asp_dist.errors import UserError, check, may_pass
 from asp_dist.export.sparse_file import load_sparse
 
 log = logging.getLogger(__name__)

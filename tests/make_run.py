@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from asp_dist.pruning.names import LayerRow
 from asp_dist.tracking.layers import LayerFile, write_json
 from asp_dist.tracking.metrics import MetricsFile
 
 
-def layer_rows(shapes: list[tuple[int, ...]], share: float) -> list[dict[str, Any]]:
+def layer_rows(shapes: list[tuple[int, ...]], share: float) -> list[LayerRow]:
     """Layer rows at `share` of the training: sparsities that rise towards 0.9, the later layers' more."""
-    rows = []
+    rows: list[LayerRow] = []
     for i, shape in enumerate(shapes):
         weights = math.prod(shape)
         sparsity = share * (0.8 + 0.19 * i / max(1, len(shapes) - 1))
@@ -35,7 +36,7 @@ def layer_rows(shapes: list[tuple[int, ...]], share: float) -> list[dict[str, An
                 "reason": "",
             }
         )
-    head = {"name": "head", "type": "Linear", "shape": [10, 64], "weights": 640, "macs": 640, "pruned": False}
+    head: LayerRow = {"name": "head", "type": "Linear", "shape": [10, 64], "weights": 640, "macs": 640, "pruned": False}
     return [*rows, {**head, "measured_sparsity": 0.0, "reason": "fewer than 1000 weights"}]
 
 

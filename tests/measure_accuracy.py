@@ -30,30 +30,28 @@ STARTS = {0.9: 0.739, 0.95: 0.789}
 
 def methods(sparsity: float) -> dict[str, dict[str, Any]]:
     """The ``pruning`` and ``budget`` parts of each method's configuration."""
-    ramp = {"ramp": "cubic", "ramp_end": 0.5, "freeze_at": 0.75}
-    published = {"control": "loss", "ramp": "constant", "freeze_at": 0.75}
+    ramp = {"shape": "cubic", "end": 0.5, "freeze_at": 0.75}
+    published = {"control": "loss", "ramp": {"shape": "constant", "freeze_at": 0.75}}
     limit = {"cost": "macs", "density": MACS[sparsity], "bound": "at_most"}
-    track = {"control": "track", **ramp, "allocation_rate": 0.0}
+    track = {"control": "track", "ramp": ramp, "track": {"rate": 0.0}}
     return {
         "dense": {"pruning": {"enabled": False}},
-        "published loss": {"pruning": {**published, "initial_threshold": STARTS[sparsity]}},
+        "published loss": {"pruning": {**published, "loss": {"initial_threshold": STARTS[sparsity]}}},
         "published loss, started at the target": {"pruning": published},
         "gradual magnitude pruning": {"pruning": {**track, "gradient_scale": 0.0}},
         "Feather's form": {"pruning": {**track, "operator": "power"}},
-        "track, learned allocation": {"pruning": {**track, "operator": "power", "allocation_rate": 0.003}},
+        "track, learned allocation": {"pruning": {**track, "operator": "power", "track": {"rate": 0.003}}},
         "track, two budgets": {"pruning": {**track, "operator": "power"}, "budget": {"also": [limit]}},
         "track, two budgets, learned allocation": {
-            "pruning": {**track, "operator": "power", "allocation_rate": 0.003},
+            "pruning": {**track, "operator": "power", "track": {"rate": 0.003}},
             "budget": {"also": [limit]},
         },
         "loss with its options": {
             "pruning": {
                 "control": "loss",
-                **ramp,
-                "ramp_start": 0.02,
+                "ramp": {**ramp, "start": 0.02},
                 "operator": "power",
-                "density": "measured",
-                "multiplier": True,
+                "loss": {"density": "measured", "multiplier": True},
             }
         },
     }

@@ -60,14 +60,13 @@ def digits_config(folder: Path, root: Path, name: str = "run", **changes: Any) -
 
 def with_changes(config: Config, **changes: Any) -> Config:
     """`config` with fields replaced, as in ``data__batch_size=32``."""
+
+    def replaced(part: Any, path: list[str], value: Any) -> Any:
+        name, *rest = path
+        return dataclasses.replace(part, **{name: replaced(getattr(part, name), rest, value) if rest else value})
+
     for name, value in changes.items():
-        section, _, field = name.partition("__")
-        if field:
-            config = dataclasses.replace(
-                config, **{section: dataclasses.replace(getattr(config, section), **{field: value})}
-            )
-        else:
-            config = dataclasses.replace(config, **{name: value})
+        config = replaced(config, name.split("__"), value)
     return config
 
 

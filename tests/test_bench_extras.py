@@ -7,7 +7,7 @@ import io
 import pytest
 
 from asp_dist.bench.extras import bench_extra, print_extra
-from asp_dist.config import UserError
+from asp_dist.errors import UserError
 
 
 @pytest.mark.parametrize("what", ["saving", "tracking"])

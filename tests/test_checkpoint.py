@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from asp_dist.config import UserError
+from asp_dist.errors import UserError
 from asp_dist.export.safetensors_file import save_safetensors
 from asp_dist.training.checkpoint import CheckpointError, Manifest, read_checkpoint, split_state, write_checkpoint
 from asp_dist.training.keeper import Keeper

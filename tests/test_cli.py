@@ -10,7 +10,8 @@ import yaml
 
 from asp_dist import __version__, cli
 from asp_dist.commands import COMMANDS
-from asp_dist.config import BudgetTerm, Config, config_hash, differences, to_dict
+from asp_dist.config import Config, config_hash, differences, to_dict
+from asp_dist.pruning import Budget
 
 CONFIG = "configs/quickstart.yaml"
 
@@ -49,9 +50,9 @@ def test_several_budgets_are_read_from_a_file(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     also = [{"cost": "macs", "density": 0.15, "bound": "at_most"}]
     file.write_text(yaml.safe_dump({"budget": {"density": 0.1, "also": also}}))
-    first, second = parse(str(file)).budget.terms()
-    assert first == BudgetTerm("parameters", density=0.1)
-    assert second == BudgetTerm("macs", density=0.15, bound="at_most")
+    first, second = parse(str(file)).budget.all()
+    assert first == Budget("parameters", density=0.1)
+    assert second == Budget("macs", density=0.15, bound="at_most")
 
 
 def test_dictionaries_of_arguments_can_be_given() -> None:
@@ -78,9 +79,13 @@ def test_print_config_is_a_configuration_again(capsys: pytest.CaptureFixture[str
         ((CONFIG, "--budget.sparsity", "most"), ("budget.sparsity = most", "float")),
         ((CONFIG, "--data.batch_size", "many"), ("data.batch_size = many", "int")),
         ((CONFIG, "--pruning.control", "magic"), ("pruning.control = magic", "loss", "track")),
-        ((CONFIG, "--pruning.ramp_end", "0.9"), ("ramp_end = 0.9", "freeze_at = 0.65")),
+        ((CONFIG, "--pruning.ramp.end", "0.9"), ("pruning.ramp.end = 0.9", "freeze_at = 0.65")),
+        (
+            (CONFIG, "--pruning.control", "track"),
+            ("pruning.loss.density = measured", "SparsityLoss", "pruning.control = track"),
+        ),
         ((CONFIG, "--cluster.min_workers", "3"), ("cluster.min_workers = 3", "num_workers = 2")),
-        ((CONFIG, "--budget.count", "5"), ("sparsity and count", "keep one")),
+        ((CONFIG, "--budget.count", "5"), ("budget: give exactly one", "sparsity and count")),
     ],
 )
 def test_a_wrong_value_names_the_field_the_value_and_the_remedy(

@@ -25,7 +25,8 @@ from asp_dist.cluster.resources import plan_resources
 from asp_dist.cluster.scaling import DividingScalingPolicy
 from asp_dist.cluster.session import _descendants
 from asp_dist.cluster.worker import TrainFunction, interface_of
-from asp_dist.config import ClusterConfig, Config, DataConfig, OutputConfig, TrainingConfig, UserError
+from asp_dist.config import ClusterConfig, Config, DataConfig, OutputConfig, TrainingConfig
+from asp_dist.errors import UserError
 from asp_dist.training.shares import group_sizes
 
 pytestmark = [

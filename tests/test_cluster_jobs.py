@@ -21,7 +21,8 @@ import pytest
 from processes import environment_of, processes
 
 from asp_dist.cluster import jobs, keys
-from asp_dist.config import Config, DataConfig, ModelConfig, UserError, from_dict
+from asp_dist.config import Config, DataConfig, ModelConfig, from_dict
+from asp_dist.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 KEY = "0123456789abcdef0123456789abcdef01234567"

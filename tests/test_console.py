@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from asp_dist.config import Config
+from asp_dist.pruning.names import LayerRow
 from asp_dist.tracking import Console, print_results
 from asp_dist.tracking.console import Style, duration
 
@@ -76,7 +77,7 @@ def test_rows_without_values_do_not_break_the_screen(style: Style) -> None:
 
 
 def test_results_table(tmp_path: Path) -> None:
-    layers = [
+    layers: list[LayerRow] = [
         {
             "name": "layer1.0.conv1",
             "shape": [64, 64, 3, 3],

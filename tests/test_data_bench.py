@@ -8,12 +8,12 @@ import pytest
 import torch
 from test_data_loaders import config
 
-from asp_dist.config import UserError
 from asp_dist.data import prepare_digits
 from asp_dist.data.base import Options
 from asp_dist.data.bench import Run, _summary, bench_data, print_bench, repeated
 from asp_dist.data.images import ImageSpec
 from asp_dist.data.info import open_data_set
+from asp_dist.errors import UserError
 
 
 def test_repeated_samples_are_whole_rounds(tmp_path: Path) -> None:

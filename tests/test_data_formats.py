@@ -12,11 +12,11 @@ import pytest
 import torch
 from test_data_loaders import config, loaders, same
 
-from asp_dist.config import UserError
 from asp_dist.data import inspect_data, prepare_digits
 from asp_dist.data.info import open_data_set
 from asp_dist.data.manifest import read_manifest, write_classes, write_manifest
 from asp_dist.data.shards import read_shards, write_shards
+from asp_dist.errors import UserError
 
 
 @pytest.fixture(scope="module")

@@ -15,13 +15,14 @@ import torch
 from timm.data.auto_augment import RandAugment
 from torch import Tensor
 
-from asp_dist.config import AugmentConfig, DataConfig, UserError
+from asp_dist.config import AugmentConfig, DataConfig
 from asp_dist.data import DataError, Loaders, build_loaders, inspect_data, prepare_digits
 from asp_dist.data.dali import PipelineRun
 from asp_dist.data.errors import DataReadError, Suspects, examine
 from asp_dist.data.images import ImageSpec
 from asp_dist.data.info import open_data_set
 from asp_dist.data.torch_loader import build_transform
+from asp_dist.errors import UserError
 
 MODEL_DATA = {
     "input_size": (3, 32, 32),

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from asp_dist.config import UserError
 from asp_dist.data.order import Plan, eval_part, eval_steps, permutation, shard_permutation
+from asp_dist.errors import UserError
 
 RECORDED = ([0, 3, 7, 5, 1, 2, 6, 4], [7, 1, 6, 0, 4, 2, 3, 5])
 

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from asp_dist.config import DataConfig, UserError
+from asp_dist.config import DataConfig
 from asp_dist.data.imagenet import DEVKIT, META, TRAIN, TRUTH, VAL
 from asp_dist.data.info import open_data_set
 from asp_dist.data.preparation import prepare
+from asp_dist.errors import UserError
 
 
 def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:

@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 from test_data_loaders import config, loaders
 
-from asp_dist.config import UserError
 from asp_dist.data import DataError, Loaders, prepare_digits
 from asp_dist.data.info import open_data_set
 from asp_dist.data.verification import KINDS, verify
+from asp_dist.errors import UserError
 
 
 def jpeg(seed: int, mode: str = "RGB") -> bytes:

@@ -47,7 +47,10 @@ def write_config(folder: Path, digits: Path, **changes: Any) -> Path:
         "schedule": {"epochs": EPOCHS},
         "optimizer": {"lr": 0.02},
         "training": {"device": "cpu", "log_every": 1, "ema_decay": 0.9},
-        "pruning": {"ramp": "cubic", "ramp_end": 0.4, "freeze_at": 0.6, "min_weights": 100},
+        "pruning": {
+            "ramp": {"shape": "cubic", "end": 0.4, "freeze_at": 0.6},
+            "select": {"min_weights": 100},
+        },
         "cluster": {"num_workers": 2, "cpus_per_worker": 0.5, "max_failures": 2},
         "tracking": {"wandb": "disabled"},
         "output": {"dir": str(folder), "checkpoint_steps": 2},

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor, nn
 
 from asp_dist.config import TrainingConfig
-from asp_dist.pruning import Budget, Pruner
+from asp_dist.pruning import Budget, Pruner, Select, Track
+from asp_dist.pruning.names import LayerRow
 from asp_dist.training.layer_accuracy import add_to_rows, layer_accuracy, pick_subset
 from asp_dist.training.world import World
 
@@ -24,7 +23,7 @@ def trained() -> tuple[nn.Sequential, Pruner, list[tuple[Tensor, Tensor]]]:
         *(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2))
     )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    pruner = Pruner(model, optimizer, Budget.parameters(sparsity=0.5), control="track", min_weights=0)
+    pruner = Pruner(model, optimizer, Budget.parameters(sparsity=0.5), control=Track(), select=Select(min_weights=0))
     inputs = torch.randn(512, 32)
     targets = (inputs[:, :16].sum(1) > inputs[:, 16:].sum(1)).long()
     for _ in range(150):
@@ -60,11 +59,11 @@ def test_pruning_a_layer_further_costs_accuracy_and_is_undone(
 ) -> None:
     model, pruner, batches = trained
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    found = layer_accuracy(model, pruner, batches, TrainingConfig(), ALONE, further=0.99)
-    assert min(row["pruned_further_top1"] for row in found.values()) < 0.9
+    found = layer_accuracy(model, pruner, batches, TrainingConfig(), ALONE, extra_sparsity=0.99)
+    assert min(row["extra_pruned_top1"] for row in found.values()) < 0.9
     assert min(row["dense_top1"] for row in found.values()) > 0.95
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    rows: list[dict[str, Any]] = [{"name": "0"}, {"name": "elsewhere"}]
+    rows: list[LayerRow] = [{"name": "0"}, {"name": "elsewhere"}]
     add_to_rows(rows, found)
     assert rows[0]["dense_top1"] == found["0"]["dense_top1"]
     assert rows[1] == {"name": "elsewhere"}

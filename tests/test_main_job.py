@@ -174,7 +174,7 @@ BAD_INPUT = {
     "missing data": (("--data.root", "/nowhere/digits"), ("/nowhere/digits",)),
     "sparsity out of range": (("--budget.sparsity", "1.2"), ("budget.sparsity = 1.2", "[0, 1)")),
     "budget below the floor": (("--budget.count", "500", "--budget.sparsity", "null"), ("500", "parameters")),
-    "no layer left": (("--pruning.min_weights", "100000000"), ("no layer", "min_weights")),
+    "no layer left": (("--pruning.select.min_weights", "100000000"), ("no layer", "min_weights")),
     "batch that does not divide": (("--data.batch_size", "63"), ("63", "2 workers")),
     "more workers than there are": (
         ("--cluster.num_workers", "64", "--cluster.cpus_per_worker", "1"),

@@ -8,7 +8,8 @@ import torch
 from pruning_helpers import CASES, Recorded, published_sgd
 from torch import nn
 
-from asp_dist.pruning import Pruner
+from asp_dist.pruning import Pruner, SparsityLoss
+from asp_dist.pruning.names import SPARSITY_LOSS
 
 TOLERANCE = 1e-9
 STEPS = 120
@@ -23,12 +24,14 @@ def recorded() -> Recorded:
 def test_recorded_trajectory(case: str, recorded: Recorded) -> None:
     network = recorded.network()
     optimizer = published_sgd(network)
-    pruner = Pruner(network, optimizer, CASES[case], initial_threshold=0.8, threshold_lr=1e-3)
-    sizes = torch.tensor([layer.numel for layer in pruner.layers], dtype=torch.float64)
+    pruner = Pruner(network, optimizer, CASES[case], control=SparsityLoss(initial_threshold=0.8, threshold_lr=1e-3))
+    sizes = torch.tensor([layer.numel for layer in pruner.snapshot().layers], dtype=torch.float64)
     thresholds, task, sparsity, density = [pruner.thresholds.numpy().copy()], [], [], []
     for step in range(STEPS):
-        sparsity.append(pruner.sparsity_loss())
-        density.append(float((pruner.predicted() * sizes).sum() / sizes.sum()))
+        now = pruner.snapshot()
+        predicted = torch.tensor([1.0 - layer.predicted_sparsity for layer in now.layers], dtype=torch.float64)
+        sparsity.append(now.metrics()[SPARSITY_LOSS])
+        density.append(float((predicted * sizes).sum() / sizes.sum()))
         # The published layers subtract the mean of their weights in the forward pass. The recorded final state is the one
         # after the last optimizer step, before any further forward pass: it is not centred.
         pruner.center = step < STEPS - 1
@@ -40,7 +43,7 @@ def test_recorded_trajectory(case: str, recorded: Recorded) -> None:
         thresholds.append(pruner.thresholds.numpy().copy())
 
     names = [str(name) for name in recorded.arrays[f"{case}/names"]]
-    assert [layer.name for layer in pruner.layers] == names
+    assert [layer.name for layer in pruner.snapshot().layers] == names
     for name, values in (
         ("thresholds", np.stack(thresholds)),
         ("task_loss", np.array(task)),

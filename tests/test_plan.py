@@ -22,11 +22,12 @@ from asp_dist.config import (
     PruningConfig,
     ScheduleConfig,
     TrainingConfig,
-    UserError,
 )
+from asp_dist.errors import UserError
 from asp_dist.planning import Plan, make_plan
 from asp_dist.planning.step_time import Network, StepTime, scale
 from asp_dist.planning.text import print_plan
+from asp_dist.pruning import Ramp, Select
 
 
 def config(name: str, **fields: Any) -> Config:
@@ -63,7 +64,7 @@ def test_parameters_and_macs_agree_with_torchs_counter(name: str) -> None:
 @pytest.fixture(scope="module")
 def small() -> Plan:
     data = DataConfig(backend="synthetic", batch_size=64, input_size=32, synthetic_samples=(640, 128))
-    budget, pruning = BudgetConfig(sparsity=0.8), PruningConfig(control="track", ramp="cubic", min_weights=1000)
+    budget, pruning = BudgetConfig(sparsity=0.8), PruningConfig(control="track", ramp=Ramp("cubic"))
     schedule, cluster = ScheduleConfig(epochs=3), ClusterConfig(num_workers=4)
     model = ModelConfig(name="cifar_resnet20")
     return make_plan(
@@ -91,7 +92,7 @@ def test_plan_of_a_small_run(small: Plan) -> None:
 
 
 def test_the_first_and_the_last_layer_stay_dense_where_a_run_says_so() -> None:
-    pruning = PruningConfig(prune_first=False, prune_last=False)
+    pruning = PruningConfig(select=Select(first=False, last=False))
     data = DataConfig(backend="synthetic", batch_size=8, input_size=64, synthetic_samples=(16, 8))
     plan = make_plan(Config(model=ModelConfig(name="resnet18"), data=data, pruning=pruning), measure_s=0)
     dense = [(row["name"], row["reason"]) for row in plan.layers if not row["pruned"]]

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from small_runs import small_config
 from torch import Tensor, nn
 
-from asp_dist.config import ModelConfig, UserError
+from asp_dist.config import ModelConfig
+from asp_dist.errors import UserError
 from asp_dist.export.sparse_file import save_sparse
 from asp_dist.models import build_model
 from asp_dist.training.rundir import run_dir

@@ -18,11 +18,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 import asp_dist.models  # noqa: F401  (registers cifar_resnet20)
-from asp_dist.pruning import Budget, Pruner, Ramp
+from asp_dist.pruning import Budget, Control, Pruner, Ramp, SparsityLoss, Track
 
 STEPS, BATCH, EVERY = 400, 8, 50
 ARRIVAL, FREEZE = 200, 300
 TARGETS = (0.5, 0.9, 0.95, 0.99)
+
+LOSS, TRACK = SparsityLoss(density="measured", multiplier=True), Track()
 
 pytestmark = pytest.mark.slow
 
@@ -80,9 +82,9 @@ def measured(pruner: Pruner) -> float:
 @pytest.mark.parametrize("sparsity", TARGETS)
 def test_track_holds_the_budget_from_the_ramps_end_on(sparsity: float) -> None:
     errors, kept = [], set()
-    for pruner in training(Budget.parameters(sparsity=sparsity), control="track"):
+    for pruner in training(Budget.parameters(sparsity=sparsity), control=TRACK):
         if pruner.frozen:
-            kept.add(pruner.summary()["nonzero_weights"] - int(pruner.limits[0].allowed))
+            kept.add(pruner.snapshot().summary()["nonzero_weights"] - int(pruner.budgets[0].allowed))
         elif pruner.steps >= ARRIVAL:
             errors.append(measured(pruner) - sparsity)
     assert len(errors) == FREEZE - ARRIVAL
@@ -94,20 +96,22 @@ def test_track_holds_the_budget_from_the_ramps_end_on(sparsity: float) -> None:
 def test_loss_with_its_options_arrives_before_the_freeze(sparsity: float) -> None:
     last, kept = 0.0, set()
     budget = Budget.parameters(sparsity=sparsity)
-    for pruner in training(budget, control="loss", density="measured", multiplier=True):
+    for pruner in training(budget, control=LOSS):
         if pruner.frozen:
-            kept.add(pruner.summary()["nonzero_weights"] - int(pruner.limits[0].allowed))
+            kept.add(pruner.snapshot().summary()["nonzero_weights"] - int(pruner.budgets[0].allowed))
         else:
             last = measured(pruner)
     assert abs(last - sparsity) <= 0.01
     assert kept == {0}
 
 
-@pytest.mark.parametrize(("control", "sparsity"), [("track", 0.9), ("track", 0.99), ("loss", 0.9)])
-def test_a_multiply_adds_budget_is_met_in_time_and_then_within_a_channels_cost(control: Any, sparsity: float) -> None:
+@pytest.mark.parametrize(("control", "sparsity"), [(TRACK, 0.9), (TRACK, 0.99), (LOSS, 0.9)])
+def test_a_multiply_adds_budget_is_met_in_time_and_then_within_a_channels_cost(
+    control: Control, sparsity: float
+) -> None:
     errors, slacks = [], []
-    for pruner in training(Budget.macs(sparsity=sparsity), control=control, density="measured", multiplier=True):
-        (limit,) = pruner.limits
+    for pruner in training(Budget.macs(sparsity=sparsity), control=control):
+        (limit,) = pruner.budgets
         kept = torch.tensor([float((info.parameter != 0).sum()) for info in pruner.pruned_weights], dtype=torch.float64)
         left = float((limit.per_weight * kept).sum())
         if pruner.frozen:
@@ -123,7 +127,7 @@ def test_a_multiply_adds_budget_is_met_in_time_and_then_within_a_channels_cost(c
     print(
         f"{control}: {max(map(abs, errors)):.5f} at worst, {errors[-1]:+.5f} at the freeze, {max(slacks):.0f} MACs free"
     )
-    if control == "track":
+    if control == TRACK:
         assert max(abs(error) for error in errors) <= 0.002
     assert abs(errors[-1]) <= 0.01
     assert len(slacks) == STEPS - FREEZE + 1

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from asp_dist.pruning import Budget
-from asp_dist.pruning.budget import Limit, NetworkCosts, check_floors
+from asp_dist.pruning.budget import NetworkCosts, ResolvedBudget, check_floors, resolve_budget
 
 # Two layers: 100 weights of 4 bytes used 4 times each, 300 weights of 2 bytes used once. 50 other parameters.
 COSTS = NetworkCosts(
@@ -22,7 +22,7 @@ COSTS = NetworkCosts(
 )
 
 
-def allowed(limit: Limit) -> Any:
+def allowed(limit: ResolvedBudget) -> Any:
     return limit.allowed.tolist()
 
 
@@ -32,7 +32,7 @@ def test_parameters_of_the_network() -> None:
         Budget.parameters(density=0.1),
         Budget.parameters(count=90),  # 50 of them are outside the layers.
     ):
-        limit = budget.resolve(COSTS)
+        limit = resolve_budget(budget, COSTS)
         assert allowed(limit) == 40.0
         assert float(limit.target_density) == pytest.approx(0.1)
         assert limit.dense.tolist() == [100.0, 300.0]
@@ -40,14 +40,14 @@ def test_parameters_of_the_network() -> None:
 
 def test_whole_weights() -> None:
     thirty = NetworkCosts(("a",), (30,), None, (4,))
-    assert allowed(Budget.parameters(density=0.1, bound="at_most").resolve(thirty)) == 3.0
-    assert allowed(Budget.parameters(density=0.12, bound="at_most").resolve(thirty)) == 3.0  # 3.6
-    assert allowed(Budget.parameters(density=0.12).resolve(thirty)) == 4.0
-    assert float(Budget.parameters(density=0.12).resolve(thirty).target_density) == pytest.approx(0.12)
+    assert allowed(resolve_budget(Budget.parameters(density=0.1, bound="at_most"), thirty)) == 3.0
+    assert allowed(resolve_budget(Budget.parameters(density=0.12, bound="at_most"), thirty)) == 3.0  # 3.6
+    assert allowed(resolve_budget(Budget.parameters(density=0.12), thirty)) == 4.0
+    assert float(resolve_budget(Budget.parameters(density=0.12), thirty).target_density) == pytest.approx(0.12)
 
 
 def test_parameters_per_layer() -> None:
-    limit = Budget.parameters(sparsity=0.9, scope="layer").resolve(COSTS)
+    limit = resolve_budget(Budget.parameters(sparsity=0.9, scope="layer"), COSTS)
     assert allowed(limit) == [10.0, 30.0]
     assert limit.target_density.tolist() == pytest.approx([0.1, 0.1])
     densities = torch.tensor([0.2, 0.4], dtype=torch.float64)
@@ -55,26 +55,26 @@ def test_parameters_per_layer() -> None:
 
 
 def test_macs() -> None:
-    limit = Budget.macs(density=0.5).resolve(COSTS)
+    limit = resolve_budget(Budget.macs(density=0.5), COSTS)
     assert allowed(limit) == 350.0  # of 4·100 + 300
-    assert allowed(Budget.macs(count=360).resolve(COSTS)) == 350.0
+    assert allowed(resolve_budget(Budget.macs(count=360), COSTS)) == 350.0
     densities = torch.tensor([0.25, 1.0], dtype=torch.float64)
     assert float(limit.density(densities)) == pytest.approx(400 / 700)
 
 
 def test_bytes_pay_for_the_bitmap() -> None:
     # Dense: 4·100 + 2·300 = 1000 bytes. The bitmaps take 13 + 38 bytes whatever is kept.
-    limit = Budget.bytes(density=0.5).resolve(COSTS)
+    limit = resolve_budget(Budget.bytes(density=0.5), COSTS)
     assert allowed(limit) == 500 - 51
     assert float(limit.target_density) == pytest.approx(0.449)
-    assert allowed(Budget.bytes(count=700).resolve(COSTS)) == 700 - 200 - 51
-    assert allowed(Budget.bytes(density=0.5, scope="layer").resolve(COSTS)) == [200 - 13, 300 - 38]
+    assert allowed(resolve_budget(Budget.bytes(count=700), COSTS)) == 700 - 200 - 51
+    assert allowed(resolve_budget(Budget.bytes(density=0.5, scope="layer"), COSTS)) == [200 - 13, 300 - 38]
 
 
 def test_counts_above_the_dense_network() -> None:
-    assert allowed(Budget.parameters(count=1000, bound="at_most").resolve(COSTS)) == 400.0
+    assert allowed(resolve_budget(Budget.parameters(count=1000, bound="at_most"), COSTS)) == 400.0
     with pytest.raises(ValueError, match=r"1,000 parameters.*only 450"):
-        Budget.parameters(count=1000).resolve(COSTS)
+        resolve_budget(Budget.parameters(count=1000), COSTS)
 
 
 @pytest.mark.parametrize(
@@ -102,20 +102,20 @@ def test_errors(make: Any, arguments: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize("budget", [Budget.parameters(count=50), Budget.bytes(density=0.05), Budget.bytes(count=251)])
 def test_budgets_below_what_cannot_be_pruned(budget: Budget) -> None:
     with pytest.raises(ValueError, match=r"cannot be met: with every prunable weight gone the network still costs"):
-        budget.resolve(COSTS)
+        resolve_budget(budget, COSTS)
 
 
 def test_macs_need_a_trace() -> None:
     untraced = NetworkCosts(("a",), (30,), None, (4,))
     with pytest.raises(ValueError, match="input_shape"):
-        Budget.macs(density=0.5).resolve(untraced)
+        resolve_budget(Budget.macs(density=0.5), untraced)
 
 
 def test_floors_against_budgets() -> None:
     floors = torch.tensor([10.0, 30.0], dtype=torch.float64)
-    check_floors([Budget.parameters(density=0.1).resolve(COSTS)], floors, COSTS.names)
+    check_floors([resolve_budget(Budget.parameters(density=0.1), COSTS)], floors, COSTS.names)
     with pytest.raises(ValueError, match=r"allows 39 parameters.*alone cost 40: lower min_density"):
-        check_floors([Budget.parameters(count=89).resolve(COSTS)], floors, COSTS.names)
-    per_layer = Budget.parameters(density=0.09, scope="layer").resolve(COSTS)
+        check_floors([resolve_budget(Budget.parameters(count=89), COSTS)], floors, COSTS.names)
+    per_layer = resolve_budget(Budget.parameters(density=0.09, scope="layer"), COSTS)
     with pytest.raises(ValueError, match=r"layer 'second'.*allows 27 parameters.*costs 30"):
         check_floors([per_layer], torch.tensor([1.0, 30.0], dtype=torch.float64), COSTS.names)

@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
-from asp_dist.pruning import Budget, Pruner, Ramp
+from asp_dist.pruning import Budget, Power, Pruner, Ramp, SparsityLoss, Track
 
 pytestmark = pytest.mark.slow
 
@@ -27,20 +27,27 @@ RAMP = Ramp("cubic", end=0.5, freeze_at=0.8, total_steps=STEPS)
 # What a run is: the network, the budgets and the pruner's options.
 RUNS: dict[str, dict[str, Any]] = {
     **{
-        f"recorded/{case}": {"budget": budget, "initial_threshold": 0.8, "threshold_lr": 1e-3}
+        f"recorded/{case}": {"budget": budget, "control": SparsityLoss(initial_threshold=0.8, threshold_lr=1e-3)}
         for case, budget in CASES.items()
     },
-    "loss": {"budget": Budget.parameters(density=0.1), "density": "measured", "multiplier": True, "ramp": RAMP},
-    "track": {"budget": Budget.parameters(density=0.1), "control": "track", "ramp": RAMP},
+    "loss": {
+        "budget": Budget.parameters(density=0.1),
+        "control": SparsityLoss(density="measured", multiplier=True),
+        "ramp": RAMP,
+    },
+    "track": {"budget": Budget.parameters(density=0.1), "control": Track(), "ramp": RAMP},
     "power": {
         "budget": [Budget.parameters(density=0.1), Budget.macs(density=0.08, bound="at_most")],
-        "control": "track",
-        "operator": "power",
+        "control": Track(),
+        "operator": Power(),
         "gradient_scale": 0.5,
         "ramp": RAMP,
         "input_shape": (3, 6, 6),
     },
-    "ties": {"budget": Budget.parameters(density=0.3), "initial_threshold": 0.5, "threshold_lr": 0.0},
+    "ties": {
+        "budget": Budget.parameters(density=0.3),
+        "control": SparsityLoss(initial_threshold=0.5, threshold_lr=0.0),
+    },
 }
 Wrap = Callable[[nn.Module], nn.Module]
 
@@ -101,7 +108,7 @@ class Run:
         return {
             "weights": {name: tensor.clone() for name, tensor in weights.items()},
             "pruner": self.pruner.state_dict(),
-            "summary": self.pruner.summary(),
+            "summary": self.pruner.snapshot().summary(),
         }
 
 
@@ -258,7 +265,7 @@ def disagree(rank: int) -> dict[str, str]:
             run.pruner.finalize()
         if rank == 1:
             with torch.no_grad():
-                part = run.pruner.shards[2]
+                part = run.pruner.layers[2]
                 largest = int(part.flat_pruned().abs().argmax())
                 if what == "thresholds":
                     run.pruner.thresholds[2] += 1e-12

@@ -10,7 +10,7 @@ import torch
 from pruning_helpers import published_sgd, small_network, train_step
 from torch import Tensor, nn
 
-from asp_dist.pruning import Budget, Pruner, Ramp
+from asp_dist.pruning import Budget, Control, Hard, Operator, Power, Pruner, Ramp, Select, Soft, SparsityLoss, Track
 
 LAYERS = ("2.weight", "5.weight")
 SIZES = torch.tensor([1152, 2304])
@@ -30,14 +30,14 @@ def build(model: nn.Module, budget: Any, **options: Any) -> tuple[torch.optim.Op
     return optimizer, Pruner(model, optimizer, budget, input_shape=INPUT, **options)
 
 
-@pytest.mark.parametrize("control", ["loss", "track"])
-@pytest.mark.parametrize("operator", ["hard", "soft", "power"])
+@pytest.mark.parametrize("control", [SparsityLoss(density="measured"), Track()])
+@pytest.mark.parametrize("operator", [Hard(), Soft(), Power()])
 @pytest.mark.parametrize("sparsity", [0.5, 0.9, 0.97])
-def test_exact_and_frozen(control: Any, operator: Any, sparsity: float) -> None:
+def test_exact_and_frozen(control: Control, operator: Operator, sparsity: float) -> None:
     model = small_network(dtype=torch.float32)
     ramp = Ramp("cubic", end=0.4, freeze_at=0.5, total_steps=24)
     budget = Budget.parameters(sparsity=sparsity)
-    optimizer, pruner = build(model, budget, control=control, operator=operator, ramp=ramp, density="measured")
+    optimizer, pruner = build(model, budget, control=control, operator=operator, ramp=ramp)
     wanted = round((1.0 - sparsity) * 3456)
     frozen: list[Tensor] = []
     for step in range(32):
@@ -47,8 +47,8 @@ def test_exact_and_frozen(control: Any, operator: Any, sparsity: float) -> None:
             assert int(kept(model).sum()) == wanted
             frozen = frozen or masks(model)
             assert all(torch.equal(a, b) for a, b in zip(frozen, masks(model)))
-    assert pruner.summary()["nonzero_weights"] == wanted
-    assert pruner.summary()["sparsity"] == pytest.approx(1.0 - wanted / 3456, abs=1e-12)
+    assert pruner.snapshot().summary()["nonzero_weights"] == wanted
+    assert pruner.snapshot().summary()["sparsity"] == pytest.approx(1.0 - wanted / 3456, abs=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -62,15 +62,15 @@ def test_exact_and_frozen(control: Any, operator: Any, sparsity: float) -> None:
         (Budget.parameters(density=0.1), Budget.macs(density=0.08, bound="at_most")),
     ],
 )
-@pytest.mark.parametrize("control", ["loss", "track"])
-def test_every_kind_of_budget(budgets: Any, control: Any) -> None:
+@pytest.mark.parametrize("control", [SparsityLoss(), Track()])
+def test_every_kind_of_budget(budgets: Any, control: Control) -> None:
     model = small_network(dtype=torch.float32)
     optimizer, pruner = build(model, budgets, control=control, ramp=Ramp("linear", end=0.6, total_steps=10))
     for step in range(10):
         train_step(model, optimizer, step)
     pruner.finalize()
     counts, costs = kept(model), []
-    for limit in pruner.limits:
+    for limit in pruner.budgets:
         if limit.scope == "layer":
             assert torch.equal(limit.per_weight * counts, limit.allowed)
             continue
@@ -82,14 +82,15 @@ def test_every_kind_of_budget(budgets: Any, control: Any) -> None:
         for layer in range(2):
             assert any(slack < per_weight[layer] for slack, per_weight in costs)
     assert (counts >= (0.001 * SIZES).ceil()).all()
-    if pruner.limits[0].cost == "parameters" and pruner.limits[0].scope == "network":
-        assert int(counts.sum()) == int(pruner.limits[0].allowed)
-    assert pruner.summary()["nonzero_weights"] == int(counts.sum())
+    if pruner.budgets[0].cost == "parameters" and pruner.budgets[0].scope == "network":
+        assert int(counts.sum()) == int(pruner.budgets[0].allowed)
+    assert pruner.snapshot().summary()["nonzero_weights"] == int(counts.sum())
 
 
 def test_finalize_keeps_the_largest_weights_at_the_learned_ratio() -> None:
     model = small_network()
-    optimizer, pruner = build(model, Budget.parameters(density=0.1), threshold_lr=0.01, initial_threshold=1.0)
+    control = SparsityLoss(threshold_lr=0.01, initial_threshold=1.0)
+    optimizer, pruner = build(model, Budget.parameters(density=0.1), control=control)
     for step in range(5):
         train_step(model, optimizer, step)
     with pruner.dense():
@@ -121,17 +122,19 @@ def saved_and_loaded(state: Any) -> Any:
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
-    "published": {"threshold_lr": 0.01, "initial_threshold": 0.8},
-    "loss": {"ramp": Ramp("cubic", end=0.5, freeze_at=0.7, total_steps=20), "density": "measured", "multiplier": True},
-    "track": {"control": "track", "ramp": Ramp("cubic", end=0.5, freeze_at=0.7, total_steps=20)},
-    "power": {
-        "control": "track",
-        "operator": "power",
-        "gradient_scale": 0.5,
-        "allocation": "erk",
+    "published": {"control": SparsityLoss(threshold_lr=0.01, initial_threshold=0.8)},
+    "loss": {
+        "control": SparsityLoss(density="measured", multiplier=True),
         "ramp": Ramp("cubic", end=0.5, freeze_at=0.7, total_steps=20),
     },
-    "two budgets": {"control": "track", "ramp": Ramp("linear", end=0.3, freeze_at=0.7, total_steps=20)},
+    "track": {"control": Track(), "ramp": Ramp("cubic", end=0.5, freeze_at=0.7, total_steps=20)},
+    "power": {
+        "control": Track("erk"),
+        "operator": Power(),
+        "gradient_scale": 0.5,
+        "ramp": Ramp("cubic", end=0.5, freeze_at=0.7, total_steps=20),
+    },
+    "two budgets": {"control": Track(), "ramp": Ramp("linear", end=0.3, freeze_at=0.7, total_steps=20)},
 }
 
 
@@ -167,7 +170,7 @@ def test_a_resumed_run_changes_no_bit(name: str, at: int) -> None:
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), resumed.parameters()))
     with pruner.dense(), again.dense():
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), resumed.parameters()))
-    assert pruner.summary() == again.summary()
+    assert pruner.snapshot().summary() == again.snapshot().summary()
 
 
 def _tensors(state: Any) -> list[Tensor]:
@@ -180,7 +183,7 @@ def _tensors(state: Any) -> list[Tensor]:
 
 def test_a_state_of_other_layers_is_refused() -> None:
     _, pruner = build(small_network(), Budget.parameters(density=0.1))
-    _, other = build(small_network(), Budget.parameters(density=0.1), exclude=["5"])
+    _, other = build(small_network(), Budget.parameters(density=0.1), select=Select(exclude=("5",)))
     with pytest.raises(ValueError, match="of other layers; first difference: '5'"):
         other.load_state_dict(pruner.state_dict())
     state = pruner.state_dict()
@@ -193,7 +196,9 @@ def test_a_state_of_other_layers_is_refused() -> None:
 def test_a_model_loaded_before_the_pruner_was_built(frozen: bool) -> None:
     """Building a pruner prunes: before the freeze the state repairs that, afterwards it cannot, and says so."""
     model = small_network()
-    optimizer, pruner = build(model, Budget.parameters(density=0.5), threshold_lr=0.01, initial_threshold=0.1)
+    optimizer, pruner = build(
+        model, Budget.parameters(density=0.5), control=SparsityLoss(threshold_lr=0.01, initial_threshold=0.1)
+    )
     for step in range(3):
         train_step(model, optimizer, step)
     if frozen:
@@ -201,7 +206,7 @@ def test_a_model_loaded_before_the_pruner_was_built(frozen: bool) -> None:
     state, weights = pruner.state_dict(), {name: tensor.clone() for name, tensor in model.state_dict().items()}
     other = small_network(seed=5)
     other.load_state_dict(weights)
-    _, again = build(other, Budget.parameters(density=0.5), initial_threshold=2.0)
+    _, again = build(other, Budget.parameters(density=0.5), control=SparsityLoss(initial_threshold=2.0))
     if frozen:
         with pytest.raises(ValueError, match=r"layer '2'.*load the model's state after that"):
             again.load_state_dict(state)

@@ -10,12 +10,12 @@ from timm.layers import CondConv2d, Conv2dSame, ScaledStdConv2d, StdConv2d
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from asp_dist.pruning import WeightInfo, find_weights, register_prunable
+from asp_dist.pruning import Select, WeightInfo, find_weights, register_prunable
 from asp_dist.pruning.layers import unwrapped
 
 
 def found(model: nn.Module, min_weights: int = 1) -> dict[str, int]:
-    return {info.name: info.numel for info in find_weights(model, min_weights=min_weights)}
+    return {info.name: info.numel for info in find_weights(model, Select(min_weights=min_weights))}
 
 
 class Tied(nn.Module):
@@ -80,27 +80,27 @@ def test_tied_weights_count_once() -> None:
 def test_sizes_and_names() -> None:
     model = nn.Sequential(nn.Linear(10, 10), nn.Linear(10, 100), nn.Linear(100, 10), nn.Linear(100, 100))
 
-    def reasons(*, include: list[str], exclude: list[str]) -> list[str]:
-        infos: list[WeightInfo] = find_weights(model, min_weights=1000, include=include, exclude=exclude)
+    def reasons(*, include: tuple[str, ...] = (), exclude: tuple[str, ...] = ()) -> list[str]:
+        infos: list[WeightInfo] = find_weights(model, Select(min_weights=1000, include=include, exclude=exclude))
         return [info.reason for info in infos]
 
     small = "fewer than 1000 weights"
-    assert reasons(include=[], exclude=[]) == [small, "", "", ""]
-    assert reasons(include=[], exclude=["[03]"]) == ["excluded by name", "", "", "excluded by name"]
-    assert reasons(include=["[02]"], exclude=[]) == [small, "not included by name", "", "not included by name"]
+    assert reasons() == [small, "", "", ""]
+    assert reasons(exclude=("[03]",)) == ["excluded by name", "", "", "excluded by name"]
+    assert reasons(include=("[02]",)) == [small, "not included by name", "", "not included by name"]
     with pytest.raises(ValueError, match=r"exclude pattern 'head\*' matches no layer; the layers are 0, 1, 2, 3"):
-        reasons(include=[], exclude=["head*"])
+        reasons(exclude=("head*",))
     with pytest.raises(ValueError, match=r"include pattern '9' matches no layer"):
-        reasons(include=["9"], exclude=[])
+        reasons(include=("9",))
 
 
 def test_the_first_and_the_last_layer_are_a_choice() -> None:
     model = nn.Sequential(ScaledStdConv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8, 10))
     with pytest.raises(ValueError, match="ScaledStdConv2d"):
-        find_weights(model, min_weights=1)
-    infos = find_weights(model, min_weights=1, prune_first=False)
+        find_weights(model, Select(min_weights=1))
+    infos = find_weights(model, Select(min_weights=1, first=False))
     assert [info.reason for info in infos] == ["the first layer", "", ""]
-    infos = find_weights(model, min_weights=1, prune_first=False, prune_last=False)
+    infos = find_weights(model, Select(min_weights=1, first=False, last=False))
     assert [info.reason for info in infos] == ["the first layer", "", "the last layer"]
 
 
@@ -135,16 +135,16 @@ def test_standardised_convolutions_are_refused_by_name(kind: type[nn.Module]) ->
 
     model = nn.Sequential(nn.Conv2d(3, 16, 3), layer)
     with pytest.raises(ValueError, match=rf"1 layers cannot be pruned \(1\): {kind.__name__}: .*standardised.*exclude"):
-        find_weights(model, min_weights=1)
-    infos = find_weights(model, min_weights=1, exclude=["1"])
+        find_weights(model, Select(min_weights=1))
+    infos = find_weights(model, Select(min_weights=1, exclude=("1",)))
     assert [info.reason for info in infos] == ["", "excluded by name"]
 
 
 def test_computed_weights_are_refused_by_name() -> None:
     model = nn.Sequential(nn.Linear(8, 8), parametrizations.weight_norm(nn.Linear(8, 9)))
     with pytest.raises(ValueError, match=r"cannot be pruned \(1\).*parametrization"):
-        find_weights(model, min_weights=1)
-    infos = find_weights(model, min_weights=1, exclude=["1"])
+        find_weights(model, Select(min_weights=1))
+    infos = find_weights(model, Select(min_weights=1, exclude=("1",)))
     assert [(info.name, info.numel, info.reason) for info in infos] == [("0", 64, ""), ("1", 72, "excluded by name")]
 
 

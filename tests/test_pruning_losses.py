@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from asp_dist.pruning import Budget, Ramp
-from asp_dist.pruning.budget import NetworkCosts
-from asp_dist.pruning.control import LossControl, Observation
+from asp_dist.pruning import Budget, Ramp, SparsityLoss
+from asp_dist.pruning.budget import NetworkCosts, resolve_budget
+from asp_dist.pruning.control.controller import Problem, StepStats
+from asp_dist.pruning.control.sparsity_loss import SparsityLossController, sparsity_loss
 from asp_dist.pruning.density import (
     NEARBY,
     DensityModel,
@@ -21,7 +22,6 @@ from asp_dist.pruning.density import (
     threshold_for_density,
     weight_threshold,
 )
-from asp_dist.pruning.losses import sparsity_loss
 
 COSTS = NetworkCosts(("a", "b"), (100, 300), (4.0, 1.0), (4, 4))
 
@@ -44,7 +44,7 @@ def vector(*values: float) -> Tensor:
     ],
 )
 def test_losses_by_hand(budget: Budget, value: float, gradient: list[float]) -> None:
-    limit = budget.resolve(COSTS)
+    limit = resolve_budget(budget, COSTS)
     densities = vector(0.2, 0.4).requires_grad_()
     loss = sparsity_loss(limit, densities, limit.target_density)
     assert loss.value.item() == pytest.approx(value, abs=1e-12)
@@ -102,49 +102,50 @@ def test_the_measured_density_of_a_layer_with_outliers(outlier: float) -> None:
         assert model.density(vector(r)).item() == pytest.approx(0.01)
 
 
-def observation(products: Tensor, lr: float = 0.1) -> Observation:
-    return Observation(products, vector(2.0, 4.0), vector(2.0, 4.0), lr, 0)
+def stats(products: Tensor, lr: float = 0.1) -> StepStats:
+    return StepStats(products, vector(2.0, 4.0), vector(2.0, 4.0), vector(lr, lr), vector(0.0, 0.0), 0)
+
+
+def controller(ramp: Ramp = Ramp(), **options: Any) -> SparsityLossController:
+    budget = resolve_budget(Budget.parameters(density=0.1), COSTS)
+    model = DensityModel(vector(100, 300), corrected=False)
+    problem = Problem((budget,), ramp, model, ((100,), (300,)), vector(0.01, 0.01))
+    return SparsityLossController(SparsityLoss(**options), problem)
 
 
 def test_published_move_by_hand() -> None:
     """r ← r − lr·v, v ← 0.9·v + ∇; ∇ = −(σ/b)·Σ g·w + λ·∂loss/∂d·d'(r)."""
-    limit = Budget.parameters(density=0.1).resolve(COSTS)
-    control = LossControl([limit], DensityModel(vector(100, 300), corrected=False), Ramp(), weight=10.0, lr=0.01)
+    published = controller(threshold_lr=0.01)
     thresholds, products = vector(1.0, 2.0), vector(3.0, -5.0)
     density = 0.25 * 0.317310508 + 0.75 * 0.045500264
     slopes = [-math.sqrt(2 / math.pi) * math.exp(-r * r / 2) for r in (1.0, 2.0)]
     sparsity = [10 * 2 * (density - 0.1) * share * slope for share, slope in zip((0.25, 0.75), slopes)]
     task = [-2.0 / (2.0 + 1e-6) * 3.0, -4.0 / (8.0 + 1e-6) * -5.0]
     gradient = [s + t for s, t in zip(sparsity, task)]
-    moved = control.move(thresholds, observation(products))
+    moved = published.move(thresholds, stats(products))
     assert moved.tolist() == pytest.approx([1.0 - 0.01 * gradient[0], 2.0 - 0.01 * gradient[1]], abs=1e-8)
     # The same numbers again: the velocity is 1.9 gradients (the first thresholds are passed again).
-    again = control.move(thresholds, observation(products))
+    again = published.move(thresholds, stats(products))
     assert again.tolist() == pytest.approx([1.0 - 0.019 * gradient[0], 2.0 - 0.019 * gradient[1]], abs=1e-8)
 
 
 def test_threshold_learning_rate_follows_the_optimizer() -> None:
-    limit = Budget.parameters(density=0.1).resolve(COSTS)
-    control = LossControl([limit], DensityModel(vector(100, 300), corrected=False), Ramp())
-    assert control.learning_rate(0.1) == pytest.approx(0.001)
-    low, high = (control.move(vector(1.0, 1.0), observation(vector(0.0, 0.0), lr)) for lr in (0.1, 0.3))
+    assert controller().learning_rate(vector(0.1, 0.3)).tolist() == pytest.approx([0.001, 0.003])
+    low, high = (controller().move(vector(1.0, 1.0), stats(vector(0.0, 0.0), lr)) for lr in (0.1, 0.3))
     assert not torch.equal(low, high)
 
 
 def test_no_task_gradient_where_the_threshold_is_clamped() -> None:
-    limit = Budget.parameters(density=0.1).resolve(COSTS)
-    control = LossControl([limit], DensityModel(vector(100, 300), corrected=False), Ramp(), weight=0.0, lr=1.0)
-    assert control.move(vector(-0.1, 5.1), observation(vector(7.0, 7.0))).tolist() == [-0.1, 5.1]
+    moved = controller(weight=0.0, threshold_lr=1.0).move(vector(-0.1, 5.1), stats(vector(7.0, 7.0)))
+    assert moved.tolist() == [-0.1, 5.1]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_bad_products_leave_thresholds_finite(bad: float) -> None:
-    limit = Budget.parameters(density=0.1).resolve(COSTS)
     for ramp in (Ramp(), Ramp("cubic", total_steps=10)):
-        control = LossControl([limit], DensityModel(vector(100, 300), corrected=False), ramp)
-        moved = vector(1.0, 1.0)
+        control, moved = controller(ramp), vector(1.0, 1.0)
         for _ in range(3):
-            moved = control.move(moved, observation(vector(bad, 1.0)))
+            moved = control.move(moved, stats(vector(bad, 1.0)))
             assert torch.isfinite(moved).all()
 
 
@@ -163,12 +164,11 @@ def test_ramps() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"shape": "cosine"}, "ramp shape 'cosine'"),
-        ({"shape": "linear", "start": 0.6, "end": 0.5, "total_steps": 10}, "start = 0.6 <= end = 0.5"),
+        ({"shape": "cosine"}, "shape = 'cosine' is not one of 'constant', 'linear', 'cubic'"),
+        ({"shape": "linear", "start": 0.6, "end": 0.5, "total_steps": 10}, "start = 0.6 must not exceed end = 0.5"),
         ({"shape": "linear", "end": 1.2, "total_steps": 10}, "end = 1.2"),
-        ({"shape": "linear", "end": 0.5, "freeze_at": 0.4, "total_steps": 10}, "freeze_at = 0.4"),
-        ({"shape": "linear"}, "needs total_steps"),
-        ({"freeze_at": 0.9}, "needs total_steps"),
+        ({"shape": "linear", "end": 0.5, "freeze_at": 0.4, "total_steps": 10}, "must not exceed freeze_at = 0.4"),
+        ({"total_steps": 0}, "total_steps = 0 must be at least 1"),
     ],
 )
 def test_ramp_errors(arguments: dict[str, Any], message: str) -> None:

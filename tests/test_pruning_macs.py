@@ -11,11 +11,11 @@ from timm.layers import CondConv2d
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from asp_dist.pruning import find_weights, macs_per_weight
+from asp_dist.pruning import Select, find_weights, macs_per_weight
 
 
 def macs(model: nn.Module, input_shape: Sequence[int]) -> dict[str, float]:
-    weights = find_weights(model, min_weights=1)
+    weights = find_weights(model, Select(min_weights=1))
     return {info.name: m for info, m in zip(weights, macs_per_weight(model, weights, input_shape))}
 
 
@@ -79,7 +79,7 @@ def test_shared_unused_and_conditional_weights() -> None:
 def test_torchs_own_counter(name: str) -> None:
     with torch.device("meta"):
         model = timm.create_model(name).eval()
-    weights = find_weights(model, min_weights=1)
+    weights = find_weights(model, Select(min_weights=1))
     ours = sum(m * info.numel for m, info in zip(macs_per_weight(model, weights, (3, 224, 224)), weights))
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():

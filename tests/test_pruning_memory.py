@@ -11,14 +11,14 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from asp_dist.pruning import Budget, Pruner
+from asp_dist.pruning import Budget, Power, Pruner, Track
 
 FORMS: dict[str, dict[str, Any]] = {
     "loss, as published": {},
-    "track": {"control": "track"},
-    "track, power": {"control": "track", "operator": "power"},
-    "half the gradient": {"operator": "power", "gradient_scale": 0.5},
-    "no gradient": {"control": "track", "gradient_scale": 0.0},
+    "track": {"control": Track()},
+    "track, power": {"control": Track(), "operator": Power()},
+    "half the gradient": {"operator": Power(), "gradient_scale": 0.5},
+    "no gradient": {"control": Track(), "gradient_scale": 0.0},
 }
 # Copies of the weights in their own type, the dense ones included, that the moment of the freeze takes at most.
 FREEZE = {torch.float32: 2.7, torch.bfloat16: 4.6}

@@ -10,20 +10,20 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from asp_dist.pruning import Budget, WeightInfo
-from asp_dist.pruning.budget import Limit, NetworkCosts
+from asp_dist.pruning.budget import NetworkCosts, ResolvedBudget, resolve_budget
 from asp_dist.pruning.projection import SortedMagnitudes, keep_counts, keep_masks
-from asp_dist.pruning.shards import LayerShard, RankReducer
+from asp_dist.pruning.weights import LayerWeights, RankReducer
 
 
 def magnitudes(*layers: Tensor) -> SortedMagnitudes:
     infos = [WeightInfo(str(i), str(i), nn.Parameter(layer), "Linear") for i, layer in enumerate(layers)]
-    shards = [LayerShard(info, 1) for info in infos]
+    shards = [LayerWeights(info, 1) for info in infos]
     return SortedMagnitudes(shards, RankReducer(shards, None, torch.device("cpu")))
 
 
-def limits_of(budgets: Sequence[Budget], sizes: Sequence[int], macs: Sequence[float]) -> list[Limit]:
+def limits_of(budgets: Sequence[Budget], sizes: Sequence[int], macs: Sequence[float]) -> list[ResolvedBudget]:
     costs = NetworkCosts(tuple(map(str, sizes)), tuple(sizes), tuple(macs), (4,) * len(sizes))
-    return [budget.resolve(costs) for budget in budgets]
+    return [resolve_budget(budget, costs) for budget in budgets]
 
 
 def project(
@@ -33,7 +33,7 @@ def project(
     thresholds: Sequence[float] | None = None,
     macs: Sequence[float] | None = None,
     floors: Sequence[float] | None = None,
-) -> tuple[list[int], list[Tensor], list[Limit]]:
+) -> tuple[list[int], list[Tensor], list[ResolvedBudget]]:
     """Kept weights per layer, masks, and the limits."""
     sizes = [layer.numel() for layer in layers]
     limits = limits_of(budgets, sizes, macs or [1.0] * len(sizes))
@@ -46,7 +46,7 @@ def project(
     return [int(k) for k in kept], masks, limits
 
 
-def slack_is_spent(kept: Sequence[int], layers: Sequence[Tensor], limits: Sequence[Limit]) -> bool:
+def slack_is_spent(kept: Sequence[int], layers: Sequence[Tensor], limits: Sequence[ResolvedBudget]) -> bool:
     """Whether every limit holds, and no layer could take one weight more."""
     counts = torch.tensor(kept, dtype=torch.float64)
     slack = [float(limit.allowed) - float((limit.per_weight * counts).sum()) for limit in limits]

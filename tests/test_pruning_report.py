@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from asp_dist.pruning import Budget, Pruner, Ramp
+from asp_dist.pruning import Budget, Control, Pruner, Ramp, SparsityLoss, Track
 
 
 def network() -> nn.Sequential:
@@ -21,7 +21,7 @@ def network() -> nn.Sequential:
 def build(budget: Budget, *, input_shape: tuple[int, ...] | None = (3, 6, 6), r: float = 1.0) -> Pruner:
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    return Pruner(model, optimizer, budget, initial_threshold=r, input_shape=input_shape)
+    return Pruner(model, optimizer, budget, control=SparsityLoss(initial_threshold=r), input_shape=input_shape)
 
 
 def zeros(pruner: Pruner) -> list[int]:
@@ -30,12 +30,12 @@ def zeros(pruner: Pruner) -> list[int]:
 
 def test_layers() -> None:
     pruner = build(Budget.parameters(sparsity=0.9))
-    conv, linear = pruner.layers
+    conv, linear = pruner.snapshot().layers
     assert (conv.name, conv.kind, conv.shape, conv.numel, conv.macs) == ("2", "Conv2d", (16, 8, 3, 3), 1152, 1152 * 36)
     assert (linear.name, linear.kind, linear.numel, linear.macs) == ("4", "Linear", 5760, 5760)
     assert conv.threshold == linear.threshold == 1.0
     assert conv.predicted_sparsity == pytest.approx(0.682689492)
-    assert [round(layer.measured_sparsity * layer.numel) for layer in pruner.layers] == zeros(pruner)
+    assert [round(layer.measured_sparsity * layer.numel) for layer in pruner.snapshot().layers] == zeros(pruner)
     # These weights start uniform: half of what lies within one standard deviation, 1/√3 of the range.
     assert conv.measured_sparsity == pytest.approx(3**-0.5, abs=0.03)
     assert conv.sigma == pytest.approx(72**-0.5 / 3**0.5, rel=0.05)
@@ -43,7 +43,7 @@ def test_layers() -> None:
 
 def test_summary_counts_the_model() -> None:
     pruner = build(Budget.parameters(sparsity=0.9))
-    summary, removed = pruner.summary(), sum(zeros(pruner))
+    summary, removed = pruner.snapshot().summary(), sum(zeros(pruner))
     total = sum(p.numel() for p in pruner.model.parameters())
     assert summary["prunable_weights"] == 6912
     assert summary["nonzero_weights"] == 6912 - removed
@@ -61,7 +61,7 @@ def test_summary_counts_the_model() -> None:
 
 def test_metrics() -> None:
     pruner = build(Budget.macs(sparsity=0.8))
-    row, counts = pruner.metrics(), zeros(pruner)
+    row, counts = pruner.snapshot().metrics(), zeros(pruner)
     dense = 1152 * 36 + 5760
     assert row["sparsity/target"] == pytest.approx(0.8)
     assert row["sparsity/measured"] == pytest.approx(sum(counts) / 6912)
@@ -73,7 +73,7 @@ def test_metrics() -> None:
 
 
 def test_rows_list_every_matrix() -> None:
-    rows = build(Budget.parameters(sparsity=0.9)).rows()
+    rows = build(Budget.parameters(sparsity=0.9)).snapshot().rows()
     assert [row["name"] for row in rows] == ["0", "2", "4"]
     assert [row["pruned"] for row in rows] == [False, True, True]
     assert rows[0]["reason"] == "fewer than 1000 weights"
@@ -83,27 +83,27 @@ def test_rows_list_every_matrix() -> None:
 
 def test_without_a_trace_there_are_no_multiply_adds() -> None:
     pruner = build(Budget.parameters(sparsity=0.9), input_shape=None)
-    assert pruner.summary()["macs"] is None
-    assert "cost/macs_density" not in pruner.metrics()
-    assert pruner.layers[0].macs is None
+    assert pruner.snapshot().summary()["macs"] is None
+    assert "cost/macs_density" not in pruner.snapshot().metrics()
+    assert pruner.snapshot().layers[0].macs is None
 
 
-@pytest.mark.parametrize("control", ["loss", "track"])
-def test_reports_change_no_training(control: str) -> None:
+@pytest.mark.parametrize("control", [SparsityLoss(density="measured"), Track()])
+def test_snapshots_change_no_training(control: Control) -> None:
     def train(report: bool) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         model = network()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
         ramp = Ramp("cubic", total_steps=12)
         budget = Budget.parameters(sparsity=0.9)
-        pruner = Pruner(model, optimizer, budget, control=control, density="measured", ramp=ramp)  # type: ignore[arg-type]
+        pruner = Pruner(model, optimizer, budget, control=control, ramp=ramp)
         for step in range(12):
             optimizer.zero_grad()
             generator = torch.Generator().manual_seed(step)
             model(torch.randn(4, 3, 6, 6, generator=generator)).square().mean().backward()
             optimizer.step()
             if report:
-                pruner.metrics()
-                pruner.rows()
+                pruner.snapshot().metrics()
+                pruner.snapshot().rows()
         return model.state_dict(), pruner.thresholds
 
     (plain, thresholds), (reported, same_thresholds) = train(False), train(True)

@@ -18,7 +18,19 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
-from asp_dist.pruning import Budget, Pruner, Ramp
+from asp_dist.pruning import (
+    Budget,
+    Control,
+    Hard,
+    Operator,
+    Power,
+    Pruner,
+    Ramp,
+    Select,
+    Soft,
+    SparsityLoss,
+    Track,
+)
 
 TENTH = Budget.parameters(density=0.1)
 
@@ -96,9 +108,9 @@ def test_any_optimizer_trains_the_dense_weights(name: str) -> None:
     r, steps = 1.2, 8
     model, reference = small_network(), small_network()
     optimizer = OPTIMIZERS[name](groups(model))
-    pruner = Pruner(model, optimizer, TENTH, initial_threshold=r, threshold_lr=0.0, center=False)
+    pruner = Pruner(model, optimizer, TENTH, control=SparsityLoss(initial_threshold=r, threshold_lr=0.0), center=False)
     plain = OPTIMIZERS[name](groups(reference))
-    layers = [layer.name + ".weight" for layer in pruner.layers]
+    layers = [layer.name + ".weight" for layer in pruner.snapshot().layers]
     for step in range(steps):
         train_step(model, optimizer, step)
         images, labels = small_batch(step)
@@ -122,7 +134,9 @@ def test_threshold_gradient_comes_from_the_final_gradients() -> None:
     """After clipping: r moves by −lr·(−(σ/b)·Σ_{|w| <= b} g·w), with the g that the optimizer sees."""
     model = small_network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    pruner = Pruner(model, optimizer, TENTH, initial_threshold=1.0, threshold_lr=0.5, sparsity_weight=0.0, center=False)
+    pruner = Pruner(
+        model, optimizer, TENTH, control=SparsityLoss(initial_threshold=1.0, threshold_lr=0.5, weight=0.0), center=False
+    )
     with pruner.dense():
         dense = [weight(model, 2).detach().clone(), weight(model, 5).detach().clone()]
     images, labels = small_batch(0)
@@ -151,7 +165,7 @@ def test_gradient_scaler_with_an_injected_inf(fused: bool) -> None:
     def train(scaled: bool, inf_at: int | None) -> tuple[list[Tensor], Pruner]:
         model = small_network(dtype=torch.float32)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, fused=fused)
-        pruner = Pruner(model, optimizer, TENTH, threshold_lr=0.01, initial_threshold=0.8)
+        pruner = Pruner(model, optimizer, TENTH, control=SparsityLoss(threshold_lr=0.01, initial_threshold=0.8))
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1000, enabled=scaled)
         for step in range(6):
             attempts = 2 if step == inf_at else 1
@@ -182,7 +196,7 @@ def test_accumulated_gradients_equal_one_batch() -> None:
     def train(parts: int) -> list[Tensor]:
         model = small_network()
         optimizer = published_sgd(model)
-        pruner = Pruner(model, optimizer, TENTH, threshold_lr=0.01, initial_threshold=0.8)
+        pruner = Pruner(model, optimizer, TENTH, control=SparsityLoss(threshold_lr=0.01, initial_threshold=0.8))
         for step in range(5):
             images, labels = small_batch(step)
             optimizer.zero_grad()
@@ -200,13 +214,13 @@ def test_an_averaged_model_is_sparse_to_the_same_budget() -> None:
     model = small_network(dtype=torch.float32)
     optimizer = published_sgd(model)
     pruner = Pruner(
-        model, optimizer, TENTH, control="track", ramp=Ramp("cubic", end=0.5, freeze_at=0.8, total_steps=20)
+        model, optimizer, TENTH, control=Track(), ramp=Ramp("cubic", end=0.5, freeze_at=0.8, total_steps=20)
     )
     average = ModelEmaV3(model, decay=0.5)
     for step in range(20):
         train_step(model, optimizer, step)
         average.update(model)
-    layers = [layer.name for layer in pruner.layers]
+    layers = [layer.name for layer in pruner.snapshot().layers]
     dense = sum(int(average.module.get_parameter(f"{n}.weight").count_nonzero()) for n in layers)
     pruner.apply_masks_(average.module)
     for name in layers:
@@ -223,8 +237,8 @@ def test_compiled_whole_and_once() -> None:
         model = small_network()
         optimizer = published_sgd(model)
         run: nn.Module = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model  # type: ignore[assignment]
-        pruner = Pruner(run, optimizer, TENTH, threshold_lr=0.01, initial_threshold=0.8)
-        assert [layer.name for layer in pruner.layers] == ["2", "5"]
+        pruner = Pruner(run, optimizer, TENTH, control=SparsityLoss(threshold_lr=0.01, initial_threshold=0.8))
+        assert [layer.name for layer in pruner.snapshot().layers] == ["2", "5"]
         for step in range(5):
             train_step(run, optimizer, step)
         return state_of(model, pruner)
@@ -252,7 +266,13 @@ class Checkpointed(nn.Module):
 def test_activation_checkpointing_changes_no_bit() -> None:
     def train(model: nn.Module) -> list[Tensor]:
         optimizer = published_sgd(model)
-        pruner = Pruner(model, optimizer, TENTH, threshold_lr=0.01, initial_threshold=0.8, input_shape=(3, 6, 6))
+        pruner = Pruner(
+            model,
+            optimizer,
+            TENTH,
+            control=SparsityLoss(threshold_lr=0.01, initial_threshold=0.8),
+            input_shape=(3, 6, 6),
+        )
         for step in range(5):
             train_step(model, optimizer, step)
         return state_of(model, pruner)
@@ -291,7 +311,13 @@ def test_channels_last_equals_contiguous(theta: float) -> None:
             model = model.to(memory_format=torch.channels_last)
             assert not weight(model, 2).is_contiguous()
         optimizer = published_sgd(model)
-        pruner = Pruner(model, optimizer, TENTH, threshold_lr=0.01, initial_threshold=0.8, gradient_scale=theta)
+        pruner = Pruner(
+            model,
+            optimizer,
+            TENTH,
+            control=SparsityLoss(threshold_lr=0.01, initial_threshold=0.8),
+            gradient_scale=theta,
+        )
         for step in range(5):
             images, labels = small_batch(step)
             optimizer.zero_grad()
@@ -306,11 +332,10 @@ def test_channels_last_equals_contiguous(theta: float) -> None:
         torch.testing.assert_close(contiguous, other, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("control", ["loss", "track"])
+@pytest.mark.parametrize("control", [SparsityLoss(density="measured"), Track(), Track("uniform")])
 @pytest.mark.parametrize("shape", ["constant", "cubic"])
-@pytest.mark.parametrize("allocation", ["magnitude", "uniform"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_bad_gradients_leave_thresholds_finite(control: Any, shape: Any, allocation: Any, bad: float) -> None:
+def test_bad_gradients_leave_thresholds_finite(control: Control, shape: Any, bad: float) -> None:
     model = small_network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     pruner = Pruner(
@@ -319,8 +344,6 @@ def test_bad_gradients_leave_thresholds_finite(control: Any, shape: Any, allocat
         TENTH,
         control=control,
         ramp=Ramp(shape, total_steps=20),
-        allocation=allocation,
-        density="measured",
     )
     for step in range(3):
         train_step(model, optimizer, step)
@@ -347,22 +370,26 @@ def test_a_layer_without_a_gradient() -> None:
     model = Partial()
     before = model.unused.weight.detach().clone()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    pruner = Pruner(model, optimizer, TENTH, initial_threshold=0.8, threshold_lr=0.1, center=False)
+    pruner = Pruner(
+        model, optimizer, TENTH, control=SparsityLoss(initial_threshold=0.8, threshold_lr=0.1), center=False
+    )
     for step in range(5):
         train_step(model, optimizer, step)
     with pruner.dense():
         assert torch.equal(model.unused.weight, before)
-    layer = pruner.layers[2]
+    layer = pruner.snapshot().layers[2]
     assert layer.name == "unused"
     assert layer.threshold > 0.8
     assert torch.equal(model.unused.weight, shrunk(before, layer.threshold))
 
 
-@pytest.mark.parametrize("operator", ["hard", "soft", "power"])
-def test_half_precision_weights(operator: Any) -> None:
+@pytest.mark.parametrize("operator", [Hard(), Soft(), Power()])
+def test_half_precision_weights(operator: Operator) -> None:
     model = small_network(dtype=torch.bfloat16)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    pruner = Pruner(model, optimizer, TENTH, initial_threshold=1.0, threshold_lr=0.1, operator=operator)
+    pruner = Pruner(
+        model, optimizer, TENTH, control=SparsityLoss(initial_threshold=1.0, threshold_lr=0.1), operator=operator
+    )
     for step in range(10):
         train_step(model, optimizer, step)
     with pruner.dense():
@@ -373,7 +400,7 @@ def test_half_precision_weights(operator: Any) -> None:
     pruner.finalize()
     for step in range(5):
         train_step(model, optimizer, step)
-    assert pruner.summary()["nonzero_weights"] == round(0.1 * 3456)
+    assert pruner.snapshot().summary()["nonzero_weights"] == round(0.1 * 3456)
     assert weight(model, 2).dtype == torch.bfloat16
 
 
@@ -382,10 +409,10 @@ def test_schedulers_drive_the_thresholds_too() -> None:
     model = small_network()
     optimizer = published_sgd(model)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 4)
-    pruner = Pruner(model, optimizer, TENTH, initial_threshold=0.8)
+    pruner = Pruner(model, optimizer, TENTH, control=SparsityLoss(initial_threshold=0.8))
     rates = []
     for step in range(4):
-        rates.append(pruner.metrics()["train/threshold_lr"])
+        rates.append(pruner.snapshot().metrics()["train/threshold_lr"])
         train_step(model, optimizer, step)
         schedule.step()
     assert rates == pytest.approx([0.001, 0.001 * (2 + 2**0.5) / 4, 0.0005, 0.001 * (2 - 2**0.5) / 4])
@@ -395,7 +422,7 @@ def test_schedulers_drive_the_thresholds_too() -> None:
 def trained() -> tuple[nn.Sequential, Optimizer, Pruner]:
     model = small_network()
     optimizer = published_sgd(model)
-    pruner = Pruner(model, optimizer, TENTH, initial_threshold=0.8, threshold_lr=0.01)
+    pruner = Pruner(model, optimizer, TENTH, control=SparsityLoss(initial_threshold=0.8, threshold_lr=0.01))
     for step in range(3):
         train_step(model, optimizer, step)
     return model, optimizer, pruner
@@ -445,14 +472,23 @@ def test_user_errors(trained: tuple[nn.Sequential, Optimizer, Pruner]) -> None:
     other = small_network()
     sgd = torch.optim.SGD(other.parameters(), lr=0.1)
     for message, arguments in (
-        ("control 'adam' is neither", {"control": "adam"}),
-        ("operator 'firm' is none of", {"operator": "firm"}),
-        ("no layer of Sequential can be pruned", {"min_weights": 10_000}),
+        (r"control = 'track' is not of type Control: give an object such as Track\(\)", {"control": "track"}),
+        ("operator = 'power' is not of type Operator", {"operator": "power"}),
+        ("no layer of Sequential can be pruned", {"select": Select(min_weights=10_000)}),
         (r"floors on their densities .* lower min_density", {"min_density": 0.2}),
-        ("allocation 'flat' is none of", {"control": "track", "allocation": "flat"}),
+        (r"min_density = 1.5 is outside \[0, 1\]", {"min_density": 1.5}),
+        ("needs total_steps", {"ramp": Ramp("cubic")}),
+        ("needs total_steps", {"ramp": Ramp(freeze_at=0.5)}),
     ):
         with pytest.raises(ValueError, match=message):
             Pruner(other, sgd, TENTH, **arguments)
+    with pytest.raises(TypeError, match="multiplier"):
+        Pruner(other, sgd, TENTH, control=Track(), multiplier=True)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="multiplier"):
+        Track(multiplier=True)  # type: ignore[call-arg]
+    for message, wrong in (("allocation = 'flat'", {"allocation": "flat"}), ("rate = -1", {"rate": -1})):
+        with pytest.raises(ValueError, match=message):
+            Track(**wrong)
     with pytest.raises(ValueError, match="input_shape"):
         Pruner(other, sgd, Budget.macs(density=0.1))
 
@@ -462,7 +498,10 @@ def test_one_copy_of_the_weights(trained: tuple[nn.Sequential, Optimizer, Pruner
     model, _, pruner = trained
     weights = sum(weight(model, i).nbytes for i in (2, 5))
     vectors = [
-        v for o in (pruner, pruner.control, pruner.control.model) for v in vars(o).values() if isinstance(v, Tensor)
+        value
+        for part in (pruner, pruner.controller, pruner.density_model, pruner.statistics)
+        for value in vars(part).values()
+        if isinstance(value, Tensor)
     ]
-    extra = sum(shard.dense.nbytes for shard in pruner.shards) + sum(v.nbytes for v in vectors)
+    extra = sum(shard.dense.nbytes for shard in pruner.layers) + sum(v.nbytes for v in vectors)
     assert weights <= extra <= 1.05 * weights

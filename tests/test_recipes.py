@@ -95,7 +95,7 @@ def test_the_header_says_where_it_comes_from_and_what_to_expect(recipe: str) -> 
     assert f"asp-dist prepare {Path(config.data.root).name} " in fields["Command"]
     assert fields["Hardware"].strip()
     assert config.name == recipe
-    sparsity = f"sparsity {100 * config.budget.terms()[0].sparsity:g} %"  # type: ignore[operator]
+    sparsity = f"sparsity {100 * config.budget.all()[0].sparsity:g} %"  # type: ignore[operator]
     assert sparsity in fields["Expected"] and sparsity.split()[1] in fields["Title"]
     assert "top-1 not measured here" in fields["Expected"] or re.search(
         r"top-1 \d+\.\d+ %.* measured 20\d\d-\d\d-\d\d", fields["Expected"]
@@ -129,7 +129,7 @@ def test_three_steps_at_toy_size_end_at_exactly_the_budget(
     assert summary["steps"] == 3 and summary["bad_steps"] == 0
     losses = [row["train/loss"] for row in read_rows(folder / "metrics.jsonl") if row["kind"] == "train"]
     assert len(losses) == 3 and all(map(math.isfinite, losses))
-    (term,) = config.budget.terms()
+    (term,) = config.budget.all()
     assert term.sparsity is not None
     budget = round((1.0 - term.sparsity) * summary["prunable_weights"])
     assert summary["nonzero_weights"] == budget

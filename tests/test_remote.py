@@ -20,7 +20,8 @@ import torch
 from small_runs import StopAt, small_config
 from test_checkpoint import keep, manifest, save, state
 
-from asp_dist.config import Config, OutputConfig, UserError
+from asp_dist.config import Config, OutputConfig
+from asp_dist.errors import UserError
 from asp_dist.tracking import read_rows
 from asp_dist.training.checkpoint import read_checkpoint
 from asp_dist.training.hooks import Stopped

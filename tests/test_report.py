@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from make_run import make_run
 
-from asp_dist.config import UserError
+from asp_dist.errors import UserError
 from asp_dist.tracking import write_report
 from asp_dist.tracking.curves import pareto, thinned
 from asp_dist.tracking.metrics import MetricsFile

@@ -16,8 +16,9 @@ import torch
 from safetensors.torch import load_file
 from small_runs import SignalAt, StopAt, digits_config, small_config, torchrun, with_changes
 
-from asp_dist.config import Config, UserError
+from asp_dist.config import Config
 from asp_dist.data import prepare_digits
+from asp_dist.errors import UserError
 from asp_dist.tracking import read_rows
 from asp_dist.training.checkpoint import read_checkpoint
 from asp_dist.training.hooks import Stopped

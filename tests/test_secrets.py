@@ -12,7 +12,8 @@ from asp_dist import cli
 from asp_dist.cluster import keys
 from asp_dist.cluster.control import Control
 from asp_dist.cluster.worker import Job, work
-from asp_dist.config import Config, DataConfig, OutputConfig, UserError
+from asp_dist.config import Config, DataConfig, OutputConfig
+from asp_dist.errors import UserError
 
 SECRET = "SECRETSECRET"
 

@@ -10,7 +10,7 @@ import torch
 from timm.models._registry import _model_to_module
 from torch import nn
 
-from asp_dist.pruning import find_weights, macs_per_weight
+from asp_dist.pruning import Select, find_weights, macs_per_weight
 
 # Parameters of two dimensions or more that are no matrices of weights, by the last part of their name without its number.
 # Each is looked up, added, or scales whole channels or scores; none maps activations as a layer's weights do.
@@ -39,11 +39,37 @@ TABLES = {
 # Models that are refused, in whole or in part: their convolutions standardise the weights in forward, where stored zeros
 # become nonzero effective weights. What to exclude, and the share of the matrix weights that is left to prune.
 REFUSED = {
-    "test_nfnet": (["stem.*", "stages.*", "final_conv"], 0.5),
-    "nf_resnet50": (["stem.*", "stages.*"], 0.08),
-    "dm_nfnet_f0": (["stem.*", "stages.*", "final_conv"], 0.04),
-    "resnetv2_50x1_bit": (["stem.*", "stages.*"], 0.08),
-    "vit_tiny_r_s16_p8_224": (["patch_embed.backbone.*"], 0.99),
+    "test_nfnet": (
+        (
+            "stem.*",
+            "stages.*",
+            "final_conv",
+        ),
+        0.5,
+    ),
+    "nf_resnet50": (
+        (
+            "stem.*",
+            "stages.*",
+        ),
+        0.08,
+    ),
+    "dm_nfnet_f0": (
+        (
+            "stem.*",
+            "stages.*",
+            "final_conv",
+        ),
+        0.04,
+    ),
+    "resnetv2_50x1_bit": (
+        (
+            "stem.*",
+            "stages.*",
+        ),
+        0.08,
+    ),
+    "vit_tiny_r_s16_p8_224": (("patch_embed.backbone.*",), 0.99),
 }
 # Kinds of layers that few models have, beside the smallest model of each family.
 SPECIAL = [
@@ -90,7 +116,7 @@ def test_there_are_many_families() -> None:
 @pytest.mark.parametrize("name", models())
 def test_every_matrix_is_found(name: str) -> None:
     model = build(name)
-    found = {id(info.parameter) for info in find_weights(model, min_weights=1)}
+    found = {id(info.parameter) for info in find_weights(model, Select(min_weights=1))}
     expected = matrices(model)
     missed = {n: tuple(p.shape) for n, p in expected.items() if id(p) not in found}
     assert missed == {}
@@ -104,8 +130,8 @@ def test_standardised_models_are_refused_by_name(name: str) -> None:
     model = build(name)
     exclude, share = REFUSED[name]
     with pytest.raises(ValueError, match=r"StdConv2d(Same)?: its weights are standardised in forward"):
-        find_weights(model, min_weights=1)
-    infos = find_weights(model, min_weights=1, exclude=exclude)
+        find_weights(model, Select(min_weights=1))
+    infos = find_weights(model, Select(min_weights=1, exclude=exclude))
     assert {id(info.parameter) for info in infos} == {id(p) for p in matrices(model).values()}
     left = sum(info.numel for info in infos if not info.reason)
     assert left / sum(info.numel for info in infos) == pytest.approx(share, rel=0.5)
@@ -117,7 +143,7 @@ def test_standardised_models_are_refused_by_name(name: str) -> None:
 def test_every_weight_is_traced(name: str) -> None:
     """One forward pass on the meta device at the model's own input size uses every weight that was found."""
     model = build(name)
-    weights = find_weights(model, min_weights=1)
+    weights = find_weights(model, Select(min_weights=1))
     config: Any = model.pretrained_cfg
     size = (config or {}).get("input_size", (3, 224, 224))
     uses = macs_per_weight(model, weights, size)

@@ -19,7 +19,9 @@ from typing import Any
 import pytest
 import wandb
 
-from asp_dist.config import Config, TrackingConfig, UserError
+from asp_dist.config import Config, TrackingConfig
+from asp_dist.errors import UserError
+from asp_dist.pruning.names import LayerRow
 from asp_dist.tracking import Tail, build_tracker, read_layers, read_rows, wandb_file
 from asp_dist.tracking.layers import LayerHistory, read_history
 from asp_dist.tracking.metrics import MetricsFile
@@ -32,8 +34,8 @@ TRAIN = {"kind": "train", "epoch": 0.5, "train/loss": 1.5, "train/lr": 0.1, "tra
 EVAL = {"kind": "eval", "epoch": 1.0, "val/loss": 1.0, "val/top1": 0.5, "val/top5": 0.9, "sparsity/measured": 0.8}
 
 
-def layer_rows(number: int, sparsity: float = 0.9) -> list[dict[str, Any]]:
-    pruned = [
+def layer_rows(number: int, sparsity: float = 0.9) -> list[LayerRow]:
+    pruned: list[LayerRow] = [
         {
             "name": f"blocks.{i}.conv",
             "type": "Conv2d",
@@ -49,7 +51,14 @@ def layer_rows(number: int, sparsity: float = 0.9) -> list[dict[str, Any]]:
         }
         for i in range(number)
     ]
-    dense = {"name": "head", "type": "Linear", "shape": [10, 64], "weights": 640, "macs": 640, "pruned": False}
+    dense: LayerRow = {
+        "name": "head",
+        "type": "Linear",
+        "shape": [10, 64],
+        "weights": 640,
+        "macs": 640,
+        "pruned": False,
+    }
     return [*pruned, {**dense, "reason": "fewer than 1000 weights"}]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from make_run import make_run
 
-from asp_dist.config import UserError
+from asp_dist.errors import UserError
 from asp_dist.tracking.compare import print_comparison
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import wandb
 
-from asp_dist.config import UserError
+from asp_dist.errors import UserError
 from asp_dist.tracking.dashboard import LAYER_PANELS, SECTIONS, build_workspace, create_dashboard, serialised
 
 pytest.importorskip("wandb_workspaces")

@@ -16,7 +16,8 @@ import yaml
 from small_runs import StopAt, small_config, with_changes
 from torch import Tensor, nn
 
-from asp_dist.config import Config, OptimizerConfig, ScheduleConfig, TrainingConfig, UserError
+from asp_dist.config import Config, OptimizerConfig, ScheduleConfig, TrainingConfig
+from asp_dist.errors import UserError
 from asp_dist.tracking import read_rows
 from asp_dist.training import trainer as trainer_module
 from asp_dist.training.build import build_ema, build_optimizer, build_scaler, build_scheduler
@@ -237,7 +238,7 @@ def test_max_steps_ends_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
 
 def test_best_counts_at_the_budget_only(tmp_path: Path) -> None:
     config = small_config(tmp_path, schedule__epochs=4)
-    config = with_changes(config, pruning__freeze_at=0.75, output__keep=1)
+    config = with_changes(config, pruning__ramp__freeze_at=0.75, output__keep=1)
     summary = train(config, World())
     assert summary["best"]["step"] in (12, 16)  # epochs 1 and 2 end above the budget, however good they are
 
@@ -422,7 +423,7 @@ def test_preflight_finds_what_fits(tmp_path: Path) -> None:
         ({"data__batch_size": 65}, r"65 is more than the 64 training images"),
         ({"training__accumulate": 3}, r"does not divide among 1 workers × training\.accumulate = 3"),
         ({"optimizer__name": "adamv"}, r"adam, "),
-        ({"pruning__min_weights": 10**9}, r"no layer .* can be pruned"),
+        ({"pruning__select__min_weights": 10**9}, r"no layer .* can be pruned"),
         ({"data__backend": "dali", "data__root": "/nonexistent/data"}, r"/nonexistent/data"),
         ({"schedule__name": "plateau"}, r"plateau"),
     ],

@@ -20,8 +20,8 @@ from asp_dist.config import (
     ScheduleConfig,
     TrackingConfig,
     TrainingConfig,
-    check,
 )
+from asp_dist.errors import check
 from asp_dist.tracking import Tracker, build_tracker
 from asp_dist.training import checkpointing
 from asp_dist.training.hooks import Hooks

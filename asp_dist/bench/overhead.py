@@ -6,7 +6,7 @@ import copy
 import time
 from collections.abc import Callable
 from statistics import median
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import timm
 import torch
@@ -17,9 +17,8 @@ from torch.optim import SGD, Optimizer
 
 import asp_dist.models  # noqa: F401  (registers the paper's networks)
 from asp_dist.bench.published import PublishedLoss
-from asp_dist.pruning import Budget, Pruner
-from asp_dist.pruning.operators import Operator
-from asp_dist.pruning.pruner import ControlName
+from asp_dist.config import PruningConfig
+from asp_dist.pruning import Budget, Pruner, SparsityLoss
 
 LR = 1e-3  # Small: the steps are timed, not learned from.
 OPTIONS: dict[str, Any] = {"lr": LR, "momentum": 0.9, "weight_decay": 1e-4, "foreach": True}
@@ -91,8 +90,8 @@ def bench_overhead(
     steps: int = 10,
     warmup: int = 2,
     sparsity: float = 0.9,
-    control: ControlName = "loss",
-    operator: Operator = "hard",
+    control: Literal["loss", "track"] = "loss",
+    operator: Literal["hard", "soft", "power"] = "hard",
     wrapper: bool = True,
     cpu_time: bool = False,
     device: str = "cpu",
@@ -133,7 +132,9 @@ def bench_overhead(
     times = _HookTimes(optimizer, clock)
     times.mark()
     budget = Budget.parameters(sparsity=sparsity)
-    pruner = Pruner(pruned, optimizer, budget, control=control, operator=operator, initial_threshold=threshold)
+    options = PruningConfig(control=control, operator=operator)
+    chosen = SparsityLoss(initial_threshold=threshold) if control == "loss" else options.build_control()
+    pruner = Pruner(pruned, optimizer, budget, control=chosen, operator=options.build_operator())
     times.mark()
     forms: dict[str, tuple[nn.Module, Optimizer, Callable[[], Tensor] | None]] = {
         "dense": (dense, SGD(dense.parameters(), **OPTIONS), None),
@@ -177,7 +178,7 @@ def bench_overhead(
         "own_over_dense": own / median(seconds["dense"]),
         "copy_bandwidth": bandwidth,
         "passes": own * bandwidth / size,
-        "extra_bytes": sum(shard.dense.nbytes for shard in pruner.shards),
+        "extra_bytes": sum(layer.dense.nbytes for layer in pruner.layers),
     }
 
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from asp_dist.config import UserError
+from asp_dist.errors import UserError
 
 END_WAIT_S = 15.0  # a cluster takes some seconds to end a lost driver's workers
 

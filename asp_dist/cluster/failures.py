@@ -11,7 +11,7 @@ from ray.exceptions import ActorDiedError, OutOfMemoryError, RayActorError, RayE
 from ray.train import UserCallback
 
 from asp_dist.cluster.control import Control
-from asp_dist.config import UserError
+from asp_dist.errors import UserError
 
 # What the other ranks say when one has died.
 COLLATERAL = ("connection closed by peer", "connection reset", "broken pipe", "socket timeout", "ncclremoteerror")

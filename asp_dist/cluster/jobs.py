@@ -22,7 +22,8 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 import asp_dist
 from asp_dist.cluster import keys
-from asp_dist.config import Config, UserError, check, to_dict
+from asp_dist.config import Config, to_dict
+from asp_dist.errors import UserError, check
 
 # Handed from this process's environment to the job's. Keys go another way: see `asp_dist.cluster.keys`.
 PASSED_ON = ("WANDB_BASE_URL", "WANDB_ENTITY", "WANDB_PROJECT", "WANDB_MODE", "HF_HUB_OFFLINE", "NCCL_SOCKET_IFNAME")

@@ -13,7 +13,8 @@ from ray._private.utils import get_num_cpus
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from asp_dist.cluster.control import Control
-from asp_dist.config import Config, UserError, check
+from asp_dist.config import Config
+from asp_dist.errors import UserError, check
 from asp_dist.training.shares import group_sizes
 
 

@@ -17,7 +17,8 @@ from pathlib import Path
 import ray
 from ray._private import services, worker
 
-from asp_dist.config import ClusterConfig, UserError
+from asp_dist.config import ClusterConfig
+from asp_dist.errors import UserError
 
 # Settings of Ray Train that are read from the environment; the user's own values win.
 ENVIRONMENT = {

@@ -22,7 +22,8 @@ from ray.train.torch import TorchConfig, get_device
 from ray.train.torch.config import _TorchBackend
 
 from asp_dist.cluster.control import Control
-from asp_dist.config import Config, UserError
+from asp_dist.config import Config
+from asp_dist.errors import UserError
 from asp_dist.training.hooks import Hooks, Stopped
 from asp_dist.training.world import World
 

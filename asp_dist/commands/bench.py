@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from jsonargparse import ArgumentParser
 
-from asp_dist.config import UserError
+from asp_dist.errors import UserError
 
 
 def add_bench_arguments(parser: ArgumentParser) -> None:

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from asp_dist.config import DataConfig, UserError, check
+from asp_dist.config import DataConfig
+from asp_dist.errors import UserError, check
 from asp_dist.data.base import Options
 from asp_dist.data.bench_sources import Source, bare_sources, loader_sources, torchvision_source
 from asp_dist.data.images import build_spec, default_threads

@@ -12,7 +12,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from asp_dist.config import UserError
+from asp_dist.errors import UserError
 from asp_dist.data.samples import plain_name
 
 URL = "https://www.cs.toronto.edu/~kriz/"

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from asp_dist.config import UserError
+from asp_dist.errors import UserError
 from asp_dist.data.manifest import write_classes
 
 SIDE, BORDER = 32, 4

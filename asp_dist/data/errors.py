@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from asp_dist.config import UserError, may_pass
+from asp_dist.errors import UserError, may_pass
 from asp_dist.data.samples import Samples
 
 

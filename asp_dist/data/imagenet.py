@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from asp_dist.config import UserError, check
+from asp_dist.errors import UserError, check
 from asp_dist.data.samples import Names, Samples, plain_name
 
 TRAIN, VAL, DEVKIT = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"

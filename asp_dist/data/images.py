@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from asp_dist.config import DataConfig, check
+from asp_dist.config import DataConfig
+from asp_dist.errors import check
 
 CROP_MODES = ("center", "squash")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from asp_dist.config import DataConfig, UserError, check
+from asp_dist.config import DataConfig
+from asp_dist.errors import UserError, check
 from asp_dist.data.folder import class_folders, scan_folder
 from asp_dist.data.manifest import manifest_path, read_classes, read_manifest
 from asp_dist.data.samples import Samples

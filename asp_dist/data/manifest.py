@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from asp_dist.config import UserError, check
+from asp_dist.errors import UserError, check
 from asp_dist.data.samples import IndexArray, Names, Samples
 
 SUFFIX = ".tsv"

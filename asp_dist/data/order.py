@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from asp_dist.config import check
+from asp_dist.errors import check
 from asp_dist.data.samples import IndexArray
 
 

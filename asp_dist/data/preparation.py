@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
-from asp_dist.config import DataConfig, UserError, check
+from asp_dist.config import DataConfig
+from asp_dist.errors import UserError, check
 from asp_dist.data.cifar import LAYOUTS, prepare_cifar
 from asp_dist.data.digits import prepare_digits
 from asp_dist.data.imagenet import open_archives

@@ -15,7 +15,7 @@ from typing import overload
 import numpy as np
 from numpy.typing import NDArray
 
-from asp_dist.config import check
+from asp_dist.errors import check
 
 IndexArray = NDArray[np.int64]
 

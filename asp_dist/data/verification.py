@@ -12,7 +12,8 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from asp_dist.config import DataConfig, check
+from asp_dist.config import DataConfig
+from asp_dist.errors import check
 from asp_dist.data.images import default_threads
 from asp_dist.data.info import DataSet, open_data_set
 from asp_dist.data.manifest import write_classes, write_manifest

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from asp_dist.config import UserError
+from asp_dist.errors import UserError
 
 
 def export_onnx(model: nn.Module, input_shape: tuple[int, int, int], path: Path) -> None:

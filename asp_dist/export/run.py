@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from timm.data import resolve_model_data_config
 
-from asp_dist.config import UserError
+from asp_dist.errors import UserError
 from asp_dist.export.onnx_file import export_onnx
 from asp_dist.export.sparse_file import save_sparse
 

@@ -13,15 +13,16 @@ import torch
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
-from asp_dist.config import Config, UserError
+from asp_dist.config import Config
 from asp_dist.data import DataInfo, inspect_data
 from asp_dist.data.images import build_spec
+from asp_dist.errors import UserError
 from asp_dist.models import build_model
 from asp_dist.planning.step_time import BUCKET, Network, StepTime, measure_step, scale
-from asp_dist.pruning import Pruner
+from asp_dist.pruning import Pruner, Ramp, Snapshot
+from asp_dist.pruning.names import LayerRow
 from asp_dist.training import build
 from asp_dist.training.preflight import check_batch, planned_world_size
-from asp_dist.training.pruner import build_pruner
 from asp_dist.training.run import count_steps
 from asp_dist.training.world import World
 
@@ -48,7 +49,7 @@ class Plan:
 
     model: str
     input_size: tuple[int, int]
-    layers: list[dict[str, Any]]
+    layers: list[LayerRow]
     totals: dict[str, Any]
     memory: dict[str, float]
     traffic: dict[str, float]
@@ -84,11 +85,13 @@ def make_plan(config: Config, *, measure_s: float = 8.0, network: Network | None
     steps_per_epoch = info.num_train // batch
     steps = count_steps(config, steps_per_epoch)
     # The budget as it would be met at once; the run learns another allocation.
-    start = dataclasses.replace(config.pruning, ramp="constant", initial_threshold=None)
+    loss = dataclasses.replace(config.pruning.loss, initial_threshold=None)
+    start = dataclasses.replace(config.pruning, ramp=Ramp(), loss=loss)
     at_once = dataclasses.replace(config, pruning=start)
-    pruner = build_pruner(at_once, model, optimizer, total_steps=steps, input_size=(3, *size))
-    layers = pruner.rows() if pruner else []
-    totals = _totals(model, pruner)
+    pruner = build.build_pruner(at_once, model, optimizer, total_steps=steps, input_size=(3, *size))
+    now = pruner.snapshot() if pruner else None
+    layers = now.rows() if now else []
+    totals = _totals(model, now)
     step = measure_step(config, model, optimizer, device, size, len(info.classes), measure_s) if measure_s > 0 else None
     if pruner is not None:
         assumptions.append("layer sparsities: as at the start, had the budget to hold at once; training moves them")
@@ -114,7 +117,7 @@ def make_plan(config: Config, *, measure_s: float = 8.0, network: Network | None
     _explain(plan, network)
     if step is not None:
         gradients = plan.memory["gradients"]
-        exchanged = gradients + 32.0 * (len(pruner.shards) if pruner else 0)
+        exchanged = gradients + 32.0 * (len(pruner.layers) if pruner else 0)
         collectives = math.ceil(gradients / BUCKET) + 2  # with the pruner's and the loop's own all-reduce
         exchange = {n: network.all_reduce(exchanged, n, collectives) for n in WORKERS}
         plan.scaling = [scale(plan.schedule, step, n, exchange[n]) for n in WORKERS]
@@ -133,11 +136,11 @@ def _data(config: Config, assumptions: list[str]) -> DataInfo:
         return DataInfo(train, val, names, names, "assumed")
 
 
-def _totals(model: nn.Module, pruner: Pruner | None) -> dict[str, Any]:
+def _totals(model: nn.Module, snapshot: Snapshot | None) -> dict[str, Any]:
     parameters = sum(p.numel() for p in model.parameters())
-    if pruner is None:
+    if snapshot is None:
         return {"parameters": parameters}
-    summary = pruner.summary()
+    summary: dict[str, Any] = {**snapshot.summary()}
     keys = ("prunable_weights", "nonzero_weights", "sparsity", "target_sparsity", "dense_macs", "macs", "bytes")
     return {"parameters": parameters, **{key: summary[key] for key in keys}}
 
@@ -158,7 +161,7 @@ def _memory(
         "buffers": _bytes(iter(model.buffers())),
         "gradients": _bytes(p for p in model.parameters() if p.requires_grad),
         "optimizer": _bytes(state),
-        "dense weights": float(sum(s.dense.numel() * s.dense.element_size() for s in pruner.shards)) if pruner else 0.0,
+        "dense weights": _bytes(layer.dense for layer in pruner.layers) if pruner else 0.0,
         "average": parameters if config.training.ema_decay is not None else 0.0,
     }
     memory = {name: size if name == "buffers" else size / shards for name, size in memory.items()}
@@ -175,7 +178,7 @@ def _traffic(config: Config, model: nn.Module, pruner: Pruner | None, workers: i
     traffic = {
         "gradients": gradients * share * (1.5 if sharded else 1.0),  # two gathers and a reduce-scatter
         "buffers": 0.0 if sharded else _bytes(iter(model.buffers())) * (workers > 1),
-        "thresholds": 4 * 8 * len(pruner.shards) * share if pruner else 0.0,
+        "thresholds": 4 * 8 * len(pruner.layers) * share if pruner else 0.0,
     }
     return {**traffic, "all": sum(traffic.values())}
 

@@ -5,16 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
 
 from asp_dist.pruning.layers import WeightInfo
-
-Cost = Literal["parameters", "macs", "bytes"]
-Bound = Literal["equal", "at_most"]
-Scope = Literal["network", "layer"]
+from asp_dist.pruning.options import Bound, Budget, Cost, Scope
 
 
 @dataclass(frozen=True)
@@ -57,13 +53,13 @@ class NetworkCosts:
         """Cost of each layer that no pruning saves: the bitmap of the sparse file, one bit per weight, for bytes."""
         return [float(math.ceil(n / 8)) if cost == "bytes" else 0.0 for n in self.numel]
 
-    def elsewhere(self, cost: Cost) -> float:
+    def unpruned_cost(self, cost: Cost) -> float:
         """Cost of everything outside the L layers."""
         return {"parameters": self.other_parameters, "macs": self.other_macs, "bytes": self.other_bytes}[cost]
 
 
 @dataclass(frozen=True)
-class Limit:
+class ResolvedBudget:
     """A budget on a given network, in the units of its cost.
 
     Attributes:
@@ -91,135 +87,58 @@ class Limit:
         return (self.dense * layer_densities).sum() / self.dense.sum()
 
 
-@dataclass(frozen=True)
-class Budget:
-    """A budget in the user's words. Make one by `Budget.parameters`, `Budget.macs` or `Budget.bytes`.
+def resolve_budget(budget: Budget, costs: NetworkCosts) -> ResolvedBudget:
+    """The budget on a given network.
 
-    Exactly one of the three says how much:
-
-    Attributes:
-        cost: ``parameters`` (weights), ``macs`` (multiply-adds of one sample), ``bytes`` (of the exported sparse file: a
-            bitmap and the kept values).
-        sparsity: share of the prunable layers' dense cost to save, in [0, 1).
-        density: share of it to keep, in (0, 1].
-        count: absolute limit on the whole network, what is not pruned included.
-        bound: ``equal`` or ``at_most``.
-        scope: ``network``, or ``layer``: every layer by itself.
+    Raises:
+        ValueError: the limit is below what the network costs with every prunable weight gone, or above its dense cost.
     """
+    numel = torch.tensor(costs.numel, dtype=torch.float64)
+    per_weight = torch.tensor(costs.per_weight(budget.cost), dtype=torch.float64)
+    fixed = torch.tensor(costs.fixed(budget.cost), dtype=torch.float64)
+    dense = per_weight * numel
+    if budget.scope == "network":
+        dense_cost, fixed_cost = dense.sum(), fixed.sum()
+    else:
+        dense_cost, fixed_cost = dense, fixed
+    if budget.count is not None:
+        allowed = (
+            torch.as_tensor(float(budget.count) - costs.unpruned_cost(budget.cost), dtype=torch.float64) - fixed_cost
+        )
+        if float(allowed) > float(dense_cost):
+            if budget.bound == "equal":
+                whole = float(dense_cost) + costs.unpruned_cost(budget.cost)
+                raise ValueError(f"budget of {budget.count:,} {budget.cost}: the dense network has only {whole:,.0f}")
+            allowed = dense_cost.clone()
+    else:
+        density = budget.density if budget.density is not None else 1.0 - (budget.sparsity or 0.0)
+        allowed = dense_cost * density - fixed_cost
+    if bool((allowed <= 0).any()):
+        floor = float(fixed_cost.sum()) + (costs.unpruned_cost(budget.cost) if budget.count is not None else 0.0)
+        raise ValueError(
+            f"{budget} cannot be met: with every prunable weight gone the network still costs {floor:,.0f} {budget.cost}"
+        )
+    target = (allowed / dense_cost.clamp_min(1e-300)).clamp(max=1.0)
+    if budget.cost == "parameters":
+        # The budget is an integer count; the small term keeps 0.1 × 30 from becoming 2.
+        allowed = allowed.round() if budget.bound == "equal" else (allowed + 1e-6).floor()
+    return ResolvedBudget(budget.cost, budget.bound, budget.scope, per_weight, dense, allowed, target)
 
-    cost: Cost
-    sparsity: float | None = None
-    density: float | None = None
-    count: int | None = None
-    bound: Bound = "equal"
-    scope: Scope = "network"
 
-    def __post_init__(self) -> None:
-        given = {n: v for n in ("sparsity", "density", "count") if (v := getattr(self, n)) is not None}
-        if len(given) != 1:
-            raise ValueError(f"Budget.{self.cost}: give exactly one of sparsity, density and count, not {given}")
-        if self.sparsity is not None and not 0.0 <= self.sparsity < 1.0:
-            raise ValueError(f"Budget.{self.cost}: sparsity = {self.sparsity} is outside [0, 1)")
-        if self.density is not None and not 0.0 < self.density <= 1.0:
-            raise ValueError(f"Budget.{self.cost}: density = {self.density} is outside (0, 1]")
-        if self.count is not None and self.count <= 0:
-            raise ValueError(f"Budget.{self.cost}: count = {self.count} must be greater than 0")
-        if self.count is not None and self.scope == "layer":
-            raise ValueError(f"Budget.{self.cost}: count = {self.count} is a limit on the network; scope is 'layer'")
-        if self.bound not in ("equal", "at_most"):
-            raise ValueError(f"Budget.{self.cost}: bound = {self.bound!r} is neither 'equal' nor 'at_most'")
-        if self.scope not in ("network", "layer"):
-            raise ValueError(f"Budget.{self.cost}: scope = {self.scope!r} is neither 'network' nor 'layer'")
-
-    @classmethod
-    def parameters(
-        cls,
-        *,
-        sparsity: float | None = None,
-        density: float | None = None,
-        count: int | None = None,
-        bound: Bound = "equal",
-        scope: Scope = "network",
-    ) -> Self:
-        """A budget of weights. See the class for the arguments."""
-        return cls("parameters", sparsity, density, count, bound, scope)
-
-    @classmethod
-    def macs(
-        cls,
-        *,
-        sparsity: float | None = None,
-        density: float | None = None,
-        count: int | None = None,
-        bound: Bound = "equal",
-        scope: Scope = "network",
-    ) -> Self:
-        """A budget of multiply-adds. See the class for the arguments."""
-        return cls("macs", sparsity, density, count, bound, scope)
-
-    @classmethod
-    def bytes(
-        cls,
-        *,
-        sparsity: float | None = None,
-        density: float | None = None,
-        count: int | None = None,
-        bound: Bound = "equal",
-        scope: Scope = "network",
-    ) -> Self:
-        """A budget of bytes in the exported sparse file. See the class for the arguments."""
-        return cls("bytes", sparsity, density, count, bound, scope)
-
-    def resolve(self, costs: NetworkCosts) -> Limit:
-        """The budget as a limit on a network.
-
-        Raises:
-            ValueError: the limit is below what the network costs with every prunable weight gone, or above its dense cost.
-        """
-        numel = torch.tensor(costs.numel, dtype=torch.float64)
-        per_weight = torch.tensor(costs.per_weight(self.cost), dtype=torch.float64)
-        fixed = torch.tensor(costs.fixed(self.cost), dtype=torch.float64)
-        dense = per_weight * numel
-        if self.scope == "network":
-            dense_cost, fixed_cost = dense.sum(), fixed.sum()
-        else:
-            dense_cost, fixed_cost = dense, fixed
-        if self.count is not None:
-            allowed = torch.as_tensor(float(self.count) - costs.elsewhere(self.cost), dtype=torch.float64) - fixed_cost
-            if float(allowed) > float(dense_cost):
-                if self.bound == "equal":
-                    whole = float(dense_cost) + costs.elsewhere(self.cost)
-                    raise ValueError(f"budget of {self.count:,} {self.cost}: the dense network has only {whole:,.0f}")
-                allowed = dense_cost.clone()
-        else:
-            density = self.density if self.density is not None else 1.0 - (self.sparsity or 0.0)
-            allowed = dense_cost * density - fixed_cost
-        if bool((allowed <= 0).any()):
-            floor = float(fixed_cost.sum()) + (costs.elsewhere(self.cost) if self.count is not None else 0.0)
+def check_floors(budgets: Sequence[ResolvedBudget], floors: Tensor, names: Sequence[str]) -> None:
+    """Raise `ValueError` where the layers' floors, [L] weights that stay, cost more than a budget allows."""
+    for budget in budgets:
+        least = budget.per_weight * floors
+        if budget.scope == "network" and float(least.sum()) > float(budget.allowed):
             raise ValueError(
-                f"{self} cannot be met: with every prunable weight gone the network still costs {floor:,.0f} {self.cost}"
-            )
-        target = (allowed / dense_cost.clamp_min(1e-300)).clamp(max=1.0)
-        if self.cost == "parameters":
-            # The budget is an integer count; the small term keeps 0.1 × 30 from becoming 2.
-            allowed = allowed.round() if self.bound == "equal" else (allowed + 1e-6).floor()
-        return Limit(self.cost, self.bound, self.scope, per_weight, dense, allowed, target)
-
-
-def check_floors(limits: Sequence[Limit], floors: Tensor, names: Sequence[str]) -> None:
-    """Raise `ValueError` where the layers' floors, [L] weights that stay, cost more than a limit allows."""
-    for limit in limits:
-        least = limit.per_weight * floors
-        if limit.scope == "network" and float(least.sum()) > float(limit.allowed):
-            raise ValueError(
-                f"the budget allows {float(limit.allowed):,.0f} {limit.cost} in the prunable layers, but the floors on their "
+                f"the budget allows {float(budget.allowed):,.0f} {budget.cost} in the prunable layers, but the floors on their "
                 f"densities (min_density) alone cost {float(least.sum()):,.0f}: lower min_density or raise the budget"
             )
-        if limit.scope == "layer" and bool((least > limit.allowed).any()):
-            worst = int((least - limit.allowed).argmax())
+        if budget.scope == "layer" and bool((least > budget.allowed).any()):
+            worst = int((least - budget.allowed).argmax())
             raise ValueError(
-                f"layer {names[worst]!r}: the budget allows {float(limit.allowed[worst]):,.0f} {limit.cost}, but the floor on "
-                f"its density (min_density) costs {float(least[worst]):,.0f}: lower min_density or raise the budget"
+                f"layer {names[worst]!r}: the budget allows {float(budget.allowed[worst]):,.0f} {budget.cost}, but the floor "
+                f"on its density (min_density) costs {float(least[worst]):,.0f}: lower min_density or raise the budget"
             )
 
 

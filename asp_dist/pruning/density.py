@@ -17,8 +17,6 @@ NEARBY = 1.05
 STEEPNESS = (0.1, 1000.0)
 # Weights, kept or removed, at which a count moves the model half way: the variance of a count's logit is about one over it.
 EVIDENCE = 4.0
-# Layers' means that chance would give to fresh weights less often than this belong to a trained network.
-FRESH_PROBABILITY = 1e-6
 
 
 def gaussian_density(thresholds: Tensor) -> Tensor:
@@ -39,17 +37,6 @@ def threshold_for_density(density: Tensor) -> Tensor:
 def weight_threshold(thresholds: Tensor, sigmas: Tensor) -> Tensor:
     """Thresholds in weight units: b = clamp(r, 0, 5)·σ + 1e-6 (the 1e-6 is not scaled); same shape."""
     return thresholds.clamp(0.0, MAX_THRESHOLD) * sigmas + EPSILON
-
-
-def means_are_chance(means: Tensor, sigmas: Tensor, numel: Tensor) -> bool:
-    """Whether the layers' means, [L], are what chance leaves in freshly drawn weights.
-
-    A mean of n independent weights is normal with standard deviation σ/√n, so the sum of the squared means, each in its own
-    unit, follows a chi-squared distribution with L degrees of freedom. Training moves layers' means far out of it.
-    """
-    standardized = means * numel.sqrt() / sigmas.clamp_min(1e-30)
-    probability = torch.special.gammaincc(torch.tensor(means.numel() / 2.0).double(), standardized.square().sum() / 2.0)
-    return bool(probability > FRESH_PROBABILITY)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from asp_dist.pruning.options import Select
+
 PrunableNames = Callable[[nn.Module], Iterator[str]]
 
 
@@ -125,32 +127,20 @@ def _parameter(module: nn.Module, name: str) -> tuple[nn.Parameter | None, str]:
     return (max(sources, key=lambda p: p.numel()), _COMPUTED) if sources else (None, "")
 
 
-def find_weights(
-    model: nn.Module,
-    *,
-    min_weights: int = 1000,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    prune_first: bool = True,
-    prune_last: bool = True,
-) -> list[WeightInfo]:
+def find_weights(model: nn.Module, select: Select = Select()) -> list[WeightInfo]:
     """All matrices of weights of `model`, in the order of its modules, each with the reason if it stays dense.
 
     A parameter that several modules share is listed once, under its first name.
 
     Args:
         model: any module.
-        min_weights: parameters with fewer weights stay dense.
-        include: globs on names; empty: everything.
-        exclude: globs on names that stay dense.
-        prune_first: False: the first matrix in the order of the modules, most often the stem, stays dense.
-        prune_last: False: the last one, most often the classifier, stays dense.
+        select: which of them are pruned.
 
     Raises:
         ValueError: a glob matches nothing; or a layer cannot be pruned for the reason given and is not excluded.
     """
     found, refusals = _all_weights(model)
-    for option, patterns in (("include", include), ("exclude", exclude)):
+    for option, patterns in (("include", select.include), ("exclude", select.exclude)):
         for pattern in patterns:
             if not any(fnmatchcase(info.name, pattern) for info in found):
                 names_seen = ", ".join(info.name for info in found[:5])
@@ -158,15 +148,15 @@ def find_weights(
 
     def reason(index: int) -> str:
         name, numel = found[index].name, found[index].numel
-        if not prune_first and index == 0:
+        if not select.first and index == 0:
             return "the first layer"
-        if not prune_last and index == len(found) - 1:
+        if not select.last and index == len(found) - 1:
             return "the last layer"
-        if any(fnmatchcase(name, pattern) for pattern in exclude):
+        if any(fnmatchcase(name, pattern) for pattern in select.exclude):
             return "excluded by name"
-        if include and not any(fnmatchcase(name, pattern) for pattern in include):
+        if select.include and not any(fnmatchcase(name, pattern) for pattern in select.include):
             return "not included by name"
-        return f"fewer than {min_weights} weights" if numel < min_weights else ""
+        return f"fewer than {select.min_weights} weights" if numel < select.min_weights else ""
 
     weights = [replace(info, reason=reason(index)) for index, info in enumerate(found)]
     refused = [(info, refusal) for info, refusal in zip(weights, refusals) if refusal and not info.reason]
@@ -198,14 +188,31 @@ def _all_weights(model: nn.Module) -> tuple[list[WeightInfo], list[str]]:
     return found, refusals
 
 
-def check_trained(weights: Sequence[WeightInfo], optimizer: Optimizer) -> None:
-    """Raise `ValueError` where `optimizer` does not train one of `weights`: it would be pruned, and never change otherwise."""
-    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    missing = [info.name for info in weights if id(info.parameter) not in trained]
+def optimizer_groups(weights: Sequence[WeightInfo], optimizers: Sequence[Optimizer]) -> list[tuple[int, int]]:
+    """The optimizer, and the parameter group in it, that trains each of `weights`.
+
+    Raises:
+        ValueError: none trains one of them: it would be pruned, and never change otherwise; or several do.
+    """
+    places: dict[int, list[tuple[int, int]]] = {}
+    for number, optimizer in enumerate(optimizers):
+        for index, group in enumerate(optimizer.param_groups):
+            for parameter in group["params"]:
+                places.setdefault(id(parameter), []).append((number, index))
+    found = [places.get(id(info.parameter), []) for info in weights]
+    missing = [info.name for info, place in zip(weights, found) if not place]
     if missing:
-        listed = ", ".join(repr(name) for name in missing[:3]) + (", ..." if len(missing) > 3 else "")
+        kinds = ", ".join(type(optimizer).__name__ for optimizer in optimizers)
         raise ValueError(
-            f"{type(optimizer).__name__} does not train {len(missing)} of the {len(weights)} layers to prune ({listed}), so "
-            "they would never change: give it their parameters, freeze them (requires_grad_(False)), or exclude them by name "
-            "(exclude=...)"
+            f"{kinds} does not train {len(missing)} of the {len(weights)} layers to prune ({_few(missing)}), so they would "
+            "never change: give it their parameters, give all optimizers (a, b), freeze them (requires_grad_(False)), or "
+            "exclude them by name (exclude=...)"
         )
+    shared = [info.name for info, place in zip(weights, found) if len(place) > 1]
+    if shared:
+        raise ValueError(f"more than one optimizer or parameter group trains {_few(shared)}")
+    return [place[0] for place in found]
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(repr(name) for name in names[:3]) + (", ..." if len(names) > 3 else "")

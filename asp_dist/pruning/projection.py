@@ -9,23 +9,31 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from asp_dist.pruning.budget import Limit
-from asp_dist.pruning.shards import LayerShard, RankReducer
+from asp_dist.pruning.budget import ResolvedBudget
+from asp_dist.pruning.weights import LayerWeights, RankReducer
+
+# Thresholds are scaled by exp(±this) in search of the budget, and a further budget's penalty goes up to the other.
+MAX_LOG_SCALE = 80.0
+MAX_PENALTY = 20.0
 
 
 class SortedMagnitudes:
     """|w| of every layer, sorted, so that counting the weights above a threshold takes no pass over them.
 
-    Holds one sorted copy of the prunable weights while it lives.
+    Needs memory for one sorted copy of the prunable weights.
+
+    Args:
+        layers: the layers as this rank has them.
+        reducer: the ranks.
     """
 
-    def __init__(self, shards: Sequence[LayerShard], reducer: RankReducer) -> None:
-        self.shards = shards
+    def __init__(self, layers: Sequence[LayerWeights], reducer: RankReducer) -> None:
+        self.layers = layers
         self.reducer = reducer
         # float64 counts of float32 magnitudes are exact; half-precision weights are widened.
-        self.wide = torch.float64 if any(s.dense.dtype == torch.float64 for s in shards) else torch.float32
-        self.sorted = [shard.flat_dense().abs().to(self.wide).sort().values for shard in shards]
-        self.numel = torch.tensor([float(s.info.numel) for s in shards], dtype=torch.float64)
+        self.wide = torch.float64 if any(layer.dense.dtype == torch.float64 for layer in layers) else torch.float32
+        self.sorted = [layer.flat_dense().abs().to(self.wide).sort().values for layer in layers]
+        self.numel = torch.tensor([float(layer.info.numel) for layer in layers], dtype=torch.float64)
 
     def counts(self, thresholds: Tensor, *, strictly: bool = False) -> Tensor:
         """Number of weights with |w| >= threshold (or > threshold) of each layer over all ranks, float64 [L] on the CPU."""
@@ -34,8 +42,8 @@ class SortedMagnitudes:
             for values, t in zip(self.sorted, thresholds.to(self.wide))
         ]
         counts = torch.tensor(local, dtype=torch.float64)
-        if not any(shard.sharded for shard in self.shards):
-            return counts  # Every rank holds, and counts, the same weights.
+        if not any(layer.sharded for layer in self.layers):
+            return counts  # Every rank has, and counts, the same weights.
         (reduced,) = self.reducer.reduce(counts.to(self.reducer.share.device))
         return reduced.cpu().round()
 
@@ -61,16 +69,18 @@ def _smallest_scale(fits: Callable[[float], bool], low: float, high: float) -> f
     return high
 
 
-def keep_counts(magnitudes: SortedMagnitudes, thresholds: Tensor, limits: Sequence[Limit], floors: Tensor) -> Tensor:
+def keep_counts(
+    magnitudes: SortedMagnitudes, thresholds: Tensor, budgets: Sequence[ResolvedBudget], floors: Tensor
+) -> Tensor:
     """How many weights of each layer stay: the exact budget, with the allocation that the thresholds express.
 
-    Weights are ordered by |w| / threshold over the whole network, and as many of the first are kept as every limit allows;
+    Weights are ordered by |w| / threshold over the whole network, and as many of the first are kept as every budget allows;
     where a next weight costs too much, cheaper ones behind it may still fit.
 
     Args:
         magnitudes: the layers' sorted weights.
         thresholds: float64 [L] in weight units.
-        limits: the budgets.
+        budgets: the budgets.
         floors: least number of weights of each layer, float64 [L].
 
     Returns:
@@ -79,27 +89,27 @@ def keep_counts(magnitudes: SortedMagnitudes, thresholds: Tensor, limits: Sequen
     numel = magnitudes.numel
     floors = floors.clamp(min=1.0).minimum(numel)
     ceilings = numel.clone()
-    for limit in limits:
-        if limit.scope == "layer":
-            per_weight = limit.per_weight.clamp_min(1e-300)
-            ceilings = torch.minimum(ceilings, (limit.allowed / per_weight + 1e-9).floor())
-    network = [limit for limit in limits if limit.scope == "network"]
+    for budget in budgets:
+        if budget.scope == "layer":
+            per_weight = budget.per_weight.clamp_min(1e-300)
+            ceilings = torch.minimum(ceilings, (budget.allowed / per_weight + 1e-9).floor())
+    network = [budget for budget in budgets if budget.scope == "network"]
     if not network:
         return torch.maximum(ceilings, floors)
     penalties = [0.0] * len(network)
 
     def counts(log_scale: float) -> Tensor:
         exponent = torch.full_like(numel, log_scale)
-        for penalty, limit in zip(penalties, network):
-            exponent += penalty * limit.per_weight / limit.per_weight.max()
+        for penalty, budget in zip(penalties, network):
+            exponent += penalty * budget.per_weight / budget.per_weight.max()
         kept = magnitudes.counts(thresholds * exponent.exp())
         return torch.maximum(torch.minimum(kept, ceilings), floors)
 
-    def fits(kept: Tensor, which: Sequence[Limit] = network) -> bool:
-        return all(float((limit.per_weight * kept).sum()) <= float(limit.allowed) * (1 + 1e-12) for limit in which)
+    def fits(kept: Tensor, which: Sequence[ResolvedBudget] = network) -> bool:
+        return all(float((budget.per_weight * kept).sum()) <= float(budget.allowed) * (1 + 1e-12) for budget in which)
 
     def first_scale() -> float:
-        return _smallest_scale(lambda x: fits(counts(x), network[:1]), -80.0, 80.0)
+        return _smallest_scale(lambda x: fits(counts(x), network[:1]), -MAX_LOG_SCALE, MAX_LOG_SCALE)
 
     # Further budgets: raise the thresholds of the layers that cost most in them until the first budget's mask fits them.
     for index in range(1, len(network)):
@@ -109,8 +119,8 @@ def keep_counts(magnitudes: SortedMagnitudes, thresholds: Tensor, limits: Sequen
             return fits(counts(first_scale()), network[: index + 1])
 
         if not enough(0.0):
-            penalties[index] = 20.0 if not enough(20.0) else _coarse(enough, 20.0)
-    scale = _smallest_scale(lambda x: fits(counts(x)), -80.0, 80.0)
+            penalties[index] = MAX_PENALTY if not enough(MAX_PENALTY) else _coarse(enough, MAX_PENALTY)
+    scale = _smallest_scale(lambda x: fits(counts(x)), -MAX_LOG_SCALE, MAX_LOG_SCALE)
     return _fill(counts(scale), magnitudes, thresholds, network, ceilings)
 
 
@@ -124,12 +134,12 @@ def _coarse(enough: Callable[[float], bool], high: float) -> float:
 
 
 def _fill(
-    kept: Tensor, magnitudes: SortedMagnitudes, thresholds: Tensor, limits: Sequence[Limit], ceilings: Tensor
+    kept: Tensor, magnitudes: SortedMagnitudes, thresholds: Tensor, budgets: Sequence[ResolvedBudget], ceilings: Tensor
 ) -> Tensor:
-    """Add the best next weights, ties and cheap ones, while every limit allows one more."""
+    """Add the best next weights, ties and cheap ones, while every budget allows one more."""
     kept = kept.clone()
-    costs = torch.stack([limit.per_weight for limit in limits])
-    allowed = torch.tensor([float(limit.allowed) for limit in limits], dtype=torch.float64)
+    costs = torch.stack([budget.per_weight for budget in budgets])
+    allowed = torch.tensor([float(budget.allowed) for budget in budgets], dtype=torch.float64)
     while True:
         slack = allowed - (costs * kept).sum(dim=1)
         room = torch.where(costs > 0, slack[:, None] / costs.clamp_min(1e-300), torch.inf).amin(dim=0)
@@ -151,22 +161,38 @@ def keep_masks(magnitudes: SortedMagnitudes, kept: Tensor) -> list[Tensor]:
     threshold = magnitudes.kth_largest(kept)
     above = magnitudes.counts(threshold, strictly=True)
     masks = []
-    for index, shard in enumerate(magnitudes.shards):
-        values = shard.flat_dense().abs().to(magnitudes.wide)
-        limit = threshold[index].to(values)
-        tie = values == limit
-        wanted = int(kept[index] - above[index]) - _ties_before(shard, tie)
-        mask = values > limit
+    for index, layer in enumerate(magnitudes.layers):
+        values = layer.flat_dense().abs().to(magnitudes.wide)
+        last = threshold[index].to(values)
+        tie = values == last
+        wanted = int(kept[index] - above[index]) - _ties_before(layer, tie)
+        mask = values > last
         mask[tie.nonzero().flatten()[: max(wanted, 0)]] = True
         masks.append(mask)
     return masks
 
 
-def _ties_before(shard: LayerShard, tie: Tensor) -> int:
-    """Ties on the ranks that hold the rows before this rank's."""
-    if shard.shard_group is None:
+def freeze_(layers: Sequence[LayerWeights], masks: Sequence[Tensor]) -> None:
+    """Write the frozen mask into the layers, in place.
+
+    The pruned weights keep what the operator made of the kept ones, or their dense values where it had made zeros of them.
+    The dense weights keep the removed ones, and are zero elsewhere: nonzero there means removed. So that this holds, kept
+    weights and removed ones that happen to be zero become the smallest number of their type.
+    """
+    for layer, mask in zip(layers, masks):
+        dense, pruned = layer.flat_dense(), layer.flat_pruned()
+        tiny = torch.finfo(dense.dtype).tiny
+        pruned.copy_(torch.where(mask, torch.where(pruned == 0, dense, pruned), 0.0))
+        pruned.masked_fill_(mask & (pruned == 0), tiny)
+        dense.masked_fill_(mask, 0.0)
+        dense.masked_fill_(~mask & (dense == 0), tiny)
+
+
+def _ties_before(layer: LayerWeights, tie: Tensor) -> int:
+    """Ties on the ranks that have the rows before this rank's."""
+    if layer.shard_group is None:
         return 0
     mine = torch.tensor([int(tie.sum())], dtype=torch.int64, device=tie.device)
-    everyone = [torch.zeros_like(mine) for _ in range(dist.get_world_size(shard.shard_group))]
-    dist.all_gather(everyone, mine, group=shard.shard_group)
-    return int(sum(int(count) for count in everyone[: dist.get_rank(shard.shard_group)]))
+    everyone = [torch.zeros_like(mine) for _ in range(dist.get_world_size(layer.shard_group))]
+    dist.all_gather(everyone, mine, group=layer.shard_group)
+    return int(sum(int(count) for count in everyone[: dist.get_rank(layer.shard_group)]))

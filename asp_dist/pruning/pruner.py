@@ -2,285 +2,199 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
-from types import FrameType
-from typing import Any, Literal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from asp_dist.pruning import operators
-from asp_dist.pruning.budget import Budget, check_floors, network_costs
-from asp_dist.pruning.control import Control, LossControl, Observation
-from asp_dist.pruning.density import NEARBY, DensityModel, LayerCounts, means_are_chance, weight_threshold
-from asp_dist.pruning.layers import check_trained, find_weights, unwrapped
+from asp_dist.pruning import passes, projection
+from asp_dist.pruning.budget import check_floors, network_costs, resolve_budget
+from asp_dist.pruning.control.controller import Problem, StepStats
+from asp_dist.pruning.density import DensityModel, LayerCounts, weight_threshold
+from asp_dist.pruning.layers import find_weights, optimizer_groups, unwrapped
 from asp_dist.pruning.macs import macs_per_weight
-from asp_dist.pruning.operators import Operator
-from asp_dist.pruning.schedule import Ramp
-from asp_dist.pruning.shards import LayerShard, RankReducer
-from asp_dist.pruning.state import PrunerState
-from asp_dist.pruning.track import Allocation, TrackControl
-
-ControlName = Literal["loss", "track"]
+from asp_dist.pruning.options import Budget, Control, Hard, Operator, Ramp, Select, SparsityLoss
+from asp_dist.pruning.snapshot import Snapshot
+from asp_dist.pruning.statistics import LayerStatistics, LayerSums, means_are_chance
+from asp_dist.pruning.step_hooks import StepHooks
+from asp_dist.pruning.weights import LayerWeights, RankReducer, flat, local
 
 
-class Pruner(PrunerState):
+class Pruner:
     """Prunes `model` to `budget` while `optimizer` trains it; nothing else in the training loop changes.
 
-    Implements "Weight Pruning via Adaptive Sparsity Loss" (arXiv 2006.02768). The parameters of the model are the pruned
-    weights at all times; the dense weights are kept here and handed to the optimizer for its step, through its own step
-    hooks. Per layer, with w the dense weights, σ their standard deviation, r the threshold and b = clamp(r, 0, 5)·σ + 1e-6,
-    the pruned weights are w where |w| > b, else 0; the dense weights receive the gradient of the pruned ones (straight-
-    through), and the task's gradient on r is −(σ/b)·Σ_{|w| <= b} g·w.
+    Implements "Weight Pruning via Adaptive Sparsity Loss" (arXiv 2006.02768). The model's parameters are the pruned weights at
+    all times. The dense weights are kept here, and put in place for the optimizer's step by its own step hooks. Per layer,
+    with w the dense weights, σ their standard deviation, r the threshold and b = clamp(r, 0, 5)·σ + 1e-6, the pruned weights
+    are w where |w| > b, else 0. The dense weights receive the gradient of the pruned ones (straight-through), and the task's
+    gradient on r is −(σ/b)·Σ_{|w| <= b} g·w.
 
-    Every rank of `process_group` builds its own; one packed all-reduce per optimizer step keeps them the same.
+    Every rank of `process_group` builds its own. One packed all-reduce per optimizer step keeps them the same.
 
     Args:
-        model: the network, on its device and in its final type, wrapped by DDP or `fully_shard` before or after (DDP) or
-            before (FSDP2).
-        optimizer: any torch optimizer over the model's parameters, stepped without a closure.
-        budget: one budget or several that hold together.
-        control: ``loss``, the adaptive sparsity loss, or ``track``, which holds the scheduled budget at every step.
-        sparsity_weight: λ of ``loss``.
-        initial_threshold: r at the start, in units of σ; None: where the density model predicts the schedule's first target.
-        threshold_lr: learning rate of the thresholds (``loss``); None: 0.01 × the optimizer's current learning rate for a
-            constant target, derived from the ramp otherwise.
-        operator: ``hard`` (published), ``soft`` or ``power``.
-        min_weights: layers with fewer weights stay dense.
-        include: globs on layer names; empty: all.
-        exclude: globs on layer names that stay dense.
-        prune_first: False: the first layer stays dense; see `find_weights`.
-        prune_last: False: the last layer stays dense.
-        ramp: the target's course over the run, and when the mask is frozen; None: constant, never frozen by itself.
-        density: ``gaussian`` (published) or ``measured``: the estimate corrected by counts (``loss``; ``track`` always is).
-        multiplier: see `LossControl`.
-        allocation: where the allocation starts (``track``).
-        allocation_rate: how fast the allocation learns (``track``); 0 keeps the starting one.
-        min_density: floor on each layer's density, in [0, 1]; a layer keeps at least one weight.
-        center: subtract each layer's mean from its dense weights after every step; None: as published in ``loss``, if the
-            layers' means are what chance gives to fresh weights. Those of a trained network belong to what it has learned:
-            without them a ResNet-20 falls to chance at once.
+        model: the network, on its device and in its final dtype. DDP may wrap it before or after; `fully_shard` must come
+            before.
+        optimizer: any torch optimizer over the model's parameters, or several that train different ones; stepped without a
+            closure, each once per iteration. The thresholds move when the last one has stepped.
+        budget: one budget, or several that hold together.
+        control: what moves the thresholds: `SparsityLoss`, `Track`, or a control of your own.
+        ramp: the target over the run, and when the mask is frozen.
+        select: which layers are pruned.
+        operator: what the kept weights become: `Hard` (published), `Soft`, `Power`, or an operator of your own.
+        min_density: smallest density of each layer, in [0, 1]; a layer keeps at least one weight.
+        center: subtract each layer's mean from its dense weights after every step; None: as the control does by default, if
+            the layers' means are what chance gives to fresh weights. Those of a trained network belong to what it has
+            learned: without them a ResNet-20 falls to chance at once.
         gradient_scale: factor θ in [0, 1] on the gradients of pruned weights (arXiv 2310.02448).
-        power: p of the ``power`` operator.
-        threshold_momentum: momentum of the thresholds (``loss``).
-        input_shape: shape of one input sample, such as (3, 224, 224): counts multiply-adds; None: they are not known.
+        input_shape: shape of one input sample, such as (3, 224, 224), to count multiply-adds; None: they are not known.
         agreement_every: steps between checks that all ranks agree; 0: never.
         process_group: the ranks; None: the default group, or one process.
 
+    Attributes:
+        thresholds: float64 [L], r of each pruned layer, in units of σ; the same on every rank.
+        sigmas: float64 [L], σ of each layer's dense weights.
+        steps: optimizer steps done.
+        skipped: steps that a gradient scaler skipped.
+        frozen: whether the mask is frozen.
+
     Raises:
-        ValueError: no layer can be pruned; `optimizer` does not train a layer that would be; the budget cannot be met; an
-            argument is out of range.
+        ValueError: no layer can be pruned; no optimizer trains a layer that would be; the budget cannot be met; an argument
+            is out of range.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        optimizer: Optimizer,
+        optimizer: Optimizer | Sequence[Optimizer],
         budget: Budget | Sequence[Budget],
         *,
-        control: ControlName = "loss",
-        sparsity_weight: float = 10.0,
-        initial_threshold: float | None = None,
-        threshold_lr: float | None = None,
-        operator: Operator = "hard",
-        min_weights: int = 1000,
-        include: Sequence[str] = (),
-        exclude: Sequence[str] = (),
-        prune_first: bool = True,
-        prune_last: bool = True,
-        ramp: Ramp | None = None,
-        density: Literal["gaussian", "measured"] = "gaussian",
-        multiplier: bool = False,
-        allocation: Allocation = "magnitude",
-        allocation_rate: float = 0.003,
+        control: Control = SparsityLoss(),
+        ramp: Ramp = Ramp(),
+        select: Select = Select(),
+        operator: Operator = Hard(),
         min_density: float = 0.001,
         center: bool | None = None,
         gradient_scale: float = 1.0,
-        power: float = 3.0,
-        threshold_momentum: float = 0.9,
         input_shape: Sequence[int] | None = None,
         agreement_every: int = 100,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        if control not in ("loss", "track"):
-            raise ValueError(f"control {control!r} is neither 'loss' nor 'track'")
-        self.model = model = unwrapped(model)
-        self.optimizer = optimizer
-        self.operator = operator
-        self.center = False if center is None else center
-        self.gradient_scale = gradient_scale
-        self.agreement_every = agreement_every
-        self.ramp = ramp or Ramp()
-        self.sparsity_weight = sparsity_weight
-        self._prune = operators.build_operator(operator, power)
-        self.weights = find_weights(
-            model,
-            min_weights=min_weights,
-            include=include,
-            exclude=exclude,
-            prune_first=prune_first,
-            prune_last=prune_last,
-        )
-        self._take_layers(model, budget, min_weights, input_shape, min_density, process_group)
-        model_of_density = DensityModel(self.numel, corrected=density == "measured" or control == "track")
-        if control == "loss":
-            self.control: Control = LossControl(
-                self.limits,
-                model_of_density,
-                self.ramp,
-                weight=sparsity_weight,
-                initial_threshold=initial_threshold,
-                lr=threshold_lr,
-                momentum=threshold_momentum,
-                multiplier=multiplier,
-            )
-        else:
-            self.control = TrackControl(
-                self.limits,
-                model_of_density,
-                self.ramp,
-                allocation=allocation,
-                shapes=[tuple(info.parameter.shape) for info in self.pruned_weights],
-                floors=self.floors / self.numel,
-                rate=allocation_rate,
-            )
-        self._start(center_fresh=control == "loss" and center is None)
-        if not getattr(type(optimizer).step, "hooked", False):
-            optimizer._patch_step_function()  # A wrapper that skips Optimizer.__init__ (timm's Lookahead) runs no hooks else.
-        self._handles = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
-        ]
+        _check_options(control, operator, ramp, min_density=min_density, gradient_scale=gradient_scale)
+        self.model = unwrapped(model)
+        self.optimizers = (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer)
+        self.control, self.ramp, self.operator = control, ramp, operator
+        self.gradient_scale, self.agreement_every = gradient_scale, agreement_every
 
-    def _take_layers(
-        self,
-        model: nn.Module,
-        budget: Budget | Sequence[Budget],
-        min_weights: int,
-        input_shape: Sequence[int] | None,
-        min_density: float,
-        group: dist.ProcessGroup | None,
-    ) -> None:
-        self.pruned_weights = [info for info in self.weights if not info.reason]
+        self.weights = tuple(find_weights(self.model, select))
+        self.pruned_weights = tuple(info for info in self.weights if not info.reason)
         if not self.pruned_weights:
             raise ValueError(
-                f"no layer of {type(model).__name__} can be pruned: it has {len(self.weights)} matrices of weights, and each "
-                f"is excluded or has fewer than min_weights = {min_weights} weights"
+                f"no layer of {type(self.model).__name__} can be pruned: it has {len(self.weights)} matrices of weights, and "
+                f"each is excluded or has fewer than min_weights = {select.min_weights} weights"
             )
-        check_trained(self.pruned_weights, self.optimizer)
-        self._macs = macs_per_weight(model, self.weights, input_shape) if input_shape is not None else None
-        world_size = dist.get_world_size(group) if dist.is_initialized() else 1
-        self.shards = [LayerShard(info, world_size) for info in self.pruned_weights]
-        self.device = self.shards[0].dense.device
-        self.reducer = RankReducer(self.shards, group, self.device)
-        self.numel = torch.tensor([float(info.numel) for info in self.pruned_weights], dtype=torch.float64)
-        self.costs = network_costs(model, self.weights, self._macs)
-        budgets = [budget] if isinstance(budget, Budget) else list(budget)
-        self.limits = [one.resolve(self.costs) for one in budgets]
+        self._groups = optimizer_groups(self.pruned_weights, self.optimizers)
+        macs = None if input_shape is None else macs_per_weight(self.model, self.weights, input_shape)
+        self._macs = None if macs is None else tuple(macs)
+        self.costs = network_costs(self.model, self.weights, macs)
+        budgets = (budget,) if isinstance(budget, Budget) else budget
+        self.budgets = tuple(resolve_budget(one, self.costs) for one in budgets)
+        self.numel = torch.tensor(self.costs.numel, dtype=torch.float64)
         self.floors = (self.numel * min_density).ceil().clamp(min=1.0)
-        check_floors(self.limits, self.floors, self.costs.names)
+        check_floors(self.budgets, self.floors, self.costs.names)
 
-    def _start(self, *, center_fresh: bool) -> None:
-        """Prune the model's weights for the first forward pass; `center_fresh` centers them if no layer has been trained."""
-        self.steps = 0
-        self._step_frame: FrameType | None = None
-        self.frozen = False
-        self.skipped = 0
-        self._count_from = 0
-        count = len(self.shards)
-        # Kept weights; where the density model wants more, weights near the threshold, and the largest one of each shard.
-        slots = max(shard.shards for shard in self.shards)
-        rows = 2 + slots if self.control.model.corrected else 1
-        self._local_counts = torch.zeros(rows, count, dtype=torch.float64, device=self.device)
-        self._fresh = torch.ones(count, dtype=torch.bool)
-        self._products = torch.zeros(count, dtype=torch.float64, device=self.device)
-        self.measured = torch.ones(count, dtype=torch.float64)
-        means, self.sigmas, *_ = self._statistics()
-        self.thresholds = self.control.start(self.sigmas)
-        if center_fresh:
-            self.center = means_are_chance(means, self.sigmas, self.numel)
-        self._write_pruned(means)
-        self._local_counts = self._count_layers()
-        self._observe_counts(torch.stack(self.reducer.reduce(*self._local_counts)).cpu())
+        self.density_model = DensityModel(self.numel, corrected=control.density == "measured")
+        shapes = tuple(tuple(info.parameter.shape) for info in self.pruned_weights)
+        self.problem = Problem(self.budgets, ramp, self.density_model, shapes, self.floors / self.numel)
+        self.controller = control.controller(self.problem)
+
+        world_size = dist.get_world_size(process_group) if dist.is_initialized() else 1
+        self.layers = [LayerWeights(info, world_size) for info in self.pruned_weights]
+        self.device = self.layers[0].dense.device
+        self.reducer = RankReducer(self.layers, process_group, self.device)
+        self.statistics = LayerStatistics(self.layers, self.reducer, self.device, nearby=self.density_model.corrected)
+        self.steps, self.skipped, self.frozen = 0, 0, False
+        self._products = self._no_products()
+
+        # Prune the weights for the first forward pass.
+        with torch.no_grad():
+            sums = self.statistics.reduce(self._products)
+            fresh = means_are_chance(sums, self.numel)
+            self.center = control.centers and fresh if center is None else center
+            self.sigmas = sums.sigmas
+            self.thresholds = self.controller.start(self.sigmas)
+            self._write_pruned(self.layers, sums.means)
+            self.statistics.count_all(self._weight_thresholds())
+            self._observe(self.statistics.reduce(self._products))
+        self._hooks = [StepHooks(one, self._before_step, self._after_step) for one in self.optimizers]
 
     # The optimizer's step.
 
-    # An optimizer's class that calls ``super().step()`` runs all hooks again inside of its step. Only the outermost call is the
-    # step; it is known again by the frame that it runs in.
-
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        caller = sys._getframe(1)
-        if self._step_frame is None:
-            self._hand_over(optimizer, args, kwargs)
-            self._step_frame = caller
-        elif not _is_running(self._step_frame, caller):
-            raise RuntimeError(
-                f"the optimizer's step after step {self.steps} raised an error, and left the dense weights half updated: "
-                "load the last checkpoint, into a new Pruner"
-            )
-
-    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if sys._getframe(1) is self._step_frame:
-            self._step_frame = None
-            self._take_back(optimizer)
-
     @torch.no_grad()
-    def _hand_over(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        """Take the thresholds' gradients from the final gradients, and hand the dense weights to the optimizer."""
-        if kwargs.get("closure") is not None or any(callable(arg) for arg in args[1:]):
-            raise ValueError(
-                "optimizer.step(closure) runs the network inside the step, with dense weights: step without one"
-            )
+    def _before_step(self, optimizer: Optimizer) -> None:
+        """Take the thresholds' gradients from the final gradients, and put the dense weights in place for the optimizer."""
         if self.frozen:
             return
+        mine = self._trained_by(optimizer)
+        for index in mine:
+            self.layers[index].check_storage()
+        thresholds = self._weight_thresholds()
+        products = {}
+        for index in mine:
+            layer = self.layers[index]
+            gradient = layer.flat_gradient()
+            if gradient is not None:
+                pruned = layer.flat_pruned()
+                products[index] = passes.pruned_dot(
+                    gradient, layer.flat_dense(), pruned, thresholds[index], self.operator
+                )
+                passes.scale_pruned_gradient_(layer.gradient(), layer.pruned, self.gradient_scale)
+            layer.swap_in_dense()
         scale = getattr(optimizer, "grad_scale", None)  # Fused optimizers unscale the gradients inside their step.
-        thresholds = weight_threshold(self.thresholds, self.sigmas).tolist()
-        products = []
-        for shard in self.shards:
-            shard.check_storage()
-        for shard, threshold in zip(self.shards, thresholds):
-            gradient = shard.flat_gradient()
-            if gradient is None:
-                products.append(torch.zeros((), dtype=torch.float64, device=self.device))
-            else:
-                pruned = shard.flat_pruned()
-                product = operators.pruned_dot(gradient, shard.flat_dense(), pruned, threshold, self.operator)
-                products.append(product)
-                operators.scale_pruned_gradient_(shard.gradient(), shard.pruned, self.gradient_scale)
-            shard.hand_over_dense()
-        self._products = torch.stack(products).double()
-        if scale is not None:
-            self._products = self._products / scale.double().to(self.device)
+        for index, product in products.items():
+            self._products[index] = product if scale is None else product / scale.to(product.device)
 
     @torch.no_grad()
-    def _take_back(self, optimizer: Optimizer) -> None:
-        """Move the thresholds, take the layers' statistics and write the pruned weights."""
+    def _after_step(self, optimizer: Optimizer) -> None:
+        """Put the pruned weights back; after the last optimizer's step, move the thresholds first."""
         found_inf = getattr(optimizer, "found_inf", None)
-        skip = found_inf is not None and float(found_inf) > 0  # A fused optimizer was called, and skipped its update.
-        self.skipped += skip
+        skipped = (
+            found_inf is not None and float(found_inf) > 0
+        )  # A fused optimizer was called, and skipped its update.
+        last = optimizer is self.optimizers[-1]
+        mine = [self.layers[index] for index in self._trained_by(optimizer)]
+        self.skipped += skipped and last
         if self.frozen:
-            self._apply_frozen_masks()
-            if not skip:
-                self._advance()
+            self._apply_frozen_mask(mine)
+        else:
+            for layer in mine:
+                layer.swap_out_dense()
+            if last:
+                self._move(skipped)
+            elif not skipped:
+                self._write_pruned(mine)
+        if last and not skipped:
+            self._advance()
+
+    def _move(self, skipped: bool) -> None:
+        """Move the thresholds after an iteration, and write the pruned weights of all layers."""
+        sums = self.statistics.reduce(self._products)
+        self._products = self._no_products()
+        if skipped:
             return
-        for shard in self.shards:
-            shard.take_back_dense()
-        means, sigmas, products, counts = self._statistics()
-        if skip:
-            return
-        # A gradient that is not a number ruins the weights; thresholds and the other layers must outlive it.
-        means = torch.nan_to_num(means, nan=0.0, posinf=0.0, neginf=0.0)
-        sigmas = torch.where(torch.isfinite(sigmas), sigmas, self.sigmas)
-        self._observe_counts(counts)
-        seen = Observation(products, self.sigmas, sigmas, self._learning_rate(), self.steps, self._base_rate())
-        self.thresholds = self.control.move(self.thresholds, seen)
+        # A gradient that is not a number ruins the weights; the thresholds and the other layers must survive it.
+        means = torch.nan_to_num(sums.means, nan=0.0, posinf=0.0, neginf=0.0)
+        sigmas = torch.where(torch.isfinite(sums.sigmas), sums.sigmas, self.sigmas)
+        self._observe(sums)
+        lr, base_lr = self._learning_rates()
+        stats = StepStats(sums.products, self.sigmas, sigmas, lr, base_lr, self.steps)
+        self.thresholds = self.controller.move(self.thresholds, stats)
         self.sigmas = sigmas
-        self._write_pruned(means)
-        self._count_some()
-        self._advance()
+        self._write_pruned(self.layers, means)
+        self.statistics.count_some(self._weight_thresholds())
 
     def _advance(self) -> None:
         self.steps += 1
@@ -290,83 +204,196 @@ class Pruner(PrunerState):
         if self.agreement_every and self.steps % self.agreement_every == 0:
             self.check_agreement()
 
-    def _learning_rate(self) -> float:
-        return float(self.optimizer.param_groups[0]["lr"])
+    def _trained_by(self, optimizer: Optimizer) -> list[int]:
+        """Indices of the layers that `optimizer` trains."""
+        number = next(i for i, one in enumerate(self.optimizers) if one is optimizer)
+        return [index for index, (owner, _) in enumerate(self._groups) if owner == number]
 
-    def _base_rate(self) -> float:
-        """What the optimizer's schedule says of the rate after a warm-up; 0 without a schedule."""
-        group = self.optimizer.param_groups[0]
-        return max(float(group.get(name, 0.0)) for name in ("initial_lr", "max_lr"))
+    def _learning_rates(self) -> tuple[Tensor, Tensor]:
+        """The current learning rate of each layer, and what its schedule starts from or rises to (0 without one): [L] each."""
+        groups = [self.optimizers[owner].param_groups[group] for owner, group in self._groups]
+        base = [max(float(group.get(name, 0.0)) for name in ("initial_lr", "max_lr")) for group in groups]
+        lr = [float(group["lr"]) for group in groups]
+        return torch.tensor(lr, dtype=torch.float64), torch.tensor(base, dtype=torch.float64)
 
-    def _statistics(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Means and standard deviations of the dense weights, the reduced products, each [L], and what was counted; on the CPU.
+    def _no_products(self) -> Tensor:
+        return torch.zeros(len(self.layers), dtype=torch.float64, device=self.device)
 
-        This is the step's one all-reduce, and on a GPU its one copy to the host.
+    def _weight_thresholds(self) -> list[float]:
+        """b of each layer, in weight units."""
+        values: list[float] = weight_threshold(self.thresholds, self.sigmas).tolist()
+        return values
+
+    def _write_pruned(self, layers: Sequence[LayerWeights], means: Tensor | None = None) -> None:
+        """Write the pruned weights of some layers; subtract the means [L] from the dense ones first, if they are centered."""
+        chosen = set(map(id, layers))
+        for index, (layer, threshold) in enumerate(zip(self.layers, self._weight_thresholds())):
+            if id(layer) in chosen:
+                mean = float(means[index]) if self.center and means is not None else 0.0
+                passes.write_pruned(self.operator, layer.flat_dense(), mean, threshold, layer.flat_pruned())
+
+    def _observe(self, sums: LayerSums) -> None:
+        """Let the density model take in what was counted at the current thresholds."""
+        if sums.nearby is None or sums.largest is None:
+            return
+        sigmas = self.sigmas.clamp_min(1e-30)
+        largest = torch.nan_to_num(sums.largest / sigmas, nan=torch.inf)
+        counts = LayerCounts(sums.kept, sums.nearby, largest)
+        scaled = weight_threshold(self.thresholds, self.sigmas) / sigmas
+        self.density_model.observe(scaled, counts, self.statistics.fresh)
+
+    # The mask.
+
+    @torch.no_grad()
+    def finalize(self) -> None:
+        """Project onto the budget exactly and freeze the mask; the remaining weights train on. Idempotent; a collective.
+
+        Weights are ordered by |w| / b over the network, as the learned thresholds express it; see `projection.keep_counts`.
+        Sorting the weights needs memory for up to 1.7 extra copies of them, once, or 3.6 in half precision.
         """
-        sums = [operators.moments(shard.flat_dense()) for shard in self.shards]
-        first = torch.stack([total for total, _ in sums]).double()
-        second = torch.stack([squares for _, squares in sums]).double()
-        columns = (self._products, first, second, *self._local_counts)
-        reduced = torch.stack(self.reducer.reduce(*columns)).cpu()
-        products, total, squares = reduced[:3]
-        mean = total / self.numel
-        variance = (squares - self.numel * mean.square()) / (self.numel - 1.0).clamp(min=1.0)
-        return mean, variance.clamp_min(0.0).sqrt(), products, reduced[3:]
+        if self.frozen:
+            return
+        magnitudes = projection.SortedMagnitudes(self.layers, self.reducer)
+        thresholds = weight_threshold(self.thresholds, self.sigmas)
+        kept = projection.keep_counts(magnitudes, thresholds, self.budgets, self.floors)
+        projection.freeze_(self.layers, projection.keep_masks(magnitudes, kept))
+        self.frozen = True
 
-    def _write_pruned(self, means: Tensor | None) -> None:
-        """Write the pruned weights; subtract the means, [L], from the dense ones before, if they are given and it is asked."""
-        thresholds = weight_threshold(self.thresholds, self.sigmas).tolist()
-        for index, (shard, threshold) in enumerate(zip(self.shards, thresholds)):
-            mean = float(means[index]) if self.center and means is not None else 0.0
-            operators.write_pruned(self._prune, shard.flat_dense(), mean, threshold, shard.flat_pruned())
+    @staticmethod
+    def _apply_frozen_mask(layers: Sequence[LayerWeights]) -> None:
+        for layer in layers:
+            layer.flat_pruned().masked_fill_(layer.flat_dense() != 0, 0.0)
 
-    def _count_layer(self, shard: LayerShard, threshold: float) -> Tensor:
-        """This rank's column of `_local_counts` for one layer."""
-        column = torch.zeros_like(self._local_counts[:, 0])
-        column[0] = torch.count_nonzero(shard.pruned)
-        if self.control.model.corrected:
-            column[1] = operators.count_above(shard.flat_dense(), NEARBY * threshold)
-            column[2 + shard.shard] = operators.largest(shard.flat_dense())
-        return column
+    @contextmanager
+    def dense(self, names: Sequence[str] | None = None) -> Iterator[None]:
+        """Put the dense weights in place, of all layers or of the named ones, while the context lasts.
 
-    # Counting. A count takes a pass over the weights, so each step counts some layers only, in turn, and they are reduced
-    # with the next step's all-reduce.
+        After `finalize` the dense weights are the trained ones, with the removed ones as they were when the mask was frozen.
+        """
+        chosen = [layer for layer in self.layers if names is None or layer.info.name in names]
+        pruned = [layer.pruned.clone() for layer in chosen]
+        with torch.no_grad():
+            for layer in chosen:
+                layer.pruned.copy_(layer.pruned + layer.dense if self.frozen else layer.dense)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for layer, values in zip(chosen, pruned):
+                    layer.pruned.copy_(values)
 
-    def _count_some(self) -> None:
-        quota = max(2_000_000.0, float(self.numel.sum()) / 8)
-        thresholds = weight_threshold(self.thresholds, self.sigmas).tolist()
-        self._fresh.zero_()
-        while quota > 0 and not bool(self._fresh[self._count_from]):
-            index = self._count_from
-            self._fresh[index] = True
-            self._local_counts[:, index] = self._count_layer(self.shards[index], thresholds[index])
-            quota -= float(self.numel[index])
-            self._count_from = (index + 1) % len(self.shards)
+    @torch.no_grad()
+    def apply_masks_(self, other: nn.Module) -> None:
+        """Zero every weight that is pruned here in a model of the same architecture, such as an average of the weights."""
+        theirs = dict(unwrapped(other).named_parameters())
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        for layer in self.layers:
+            parameter = theirs[names[id(layer.parameter)]]
+            local(parameter.data).masked_fill_(layer.pruned == 0, 0.0)
 
-    def _count_layers(self) -> Tensor:
-        """`_local_counts` of all layers, counted now."""
-        thresholds = weight_threshold(self.thresholds, self.sigmas).tolist()
-        return torch.stack([self._count_layer(s, t) for s, t in zip(self.shards, thresholds)], dim=1)
+    # What it says about itself.
 
-    def _observe_counts(self, counts: Tensor) -> None:
-        kept = counts[0].round()
-        self.measured = torch.where(self._fresh, kept / self.numel, self.measured)
-        if self.control.model.corrected:
-            sigmas = self.sigmas.clamp_min(1e-30)
-            scaled = weight_threshold(self.thresholds, self.sigmas) / sigmas
-            largest = torch.nan_to_num(counts[2:].amax(dim=0) / sigmas, nan=torch.inf)
-            self.control.model.observe(scaled, LayerCounts(kept, counts[1].round(), largest), self._fresh)
+    @torch.no_grad()
+    def snapshot(self) -> Snapshot:
+        """The state now: layers, metrics, rows and summary, from one count of all weights; a collective.
+
+        Taking one does not affect training.
+        """
+        lr, _ = self._learning_rates()
+        return Snapshot(
+            weights=self.weights,
+            macs_per_weight=self._macs,
+            costs=self.costs,
+            budgets=self.budgets,
+            targets=tuple(self.problem.targets(self.steps)),
+            thresholds=self.thresholds.clone(),
+            sigmas=self.sigmas.clone(),
+            kept=self.statistics.kept(),
+            further=self.controller.metrics(self.thresholds, lr, self.steps),
+            skipped=self.skipped,
+            frozen=self.frozen,
+        )
+
+    @torch.no_grad()
+    def check_agreement(self) -> None:
+        """Compare thresholds, and checksums of replicated weights, over the ranks; a collective.
+
+        Raises:
+            RuntimeError: ranks differ; names a layer that does, for thresholds the one that differs most.
+        """
+        sums = [0.0 if layer.sharded else float(passes.checksum(flat(layer.pruned))) for layer in self.layers]
+        # Checksums are integers below 2^53, exact in float64.
+        mine = torch.stack([self.thresholds, torch.tensor(sums, dtype=torch.float64)]).to(self.device)
+        difference = self.reducer.max_minus_min(mine).cpu()
+        for what, row in zip(("thresholds", "weights"), difference):
+            if bool((row != 0).any()):
+                differs = row if what == "thresholds" else (row != 0).double()
+                name = self.costs.names[int(differs.argmax())]
+                raise RuntimeError(f"ranks disagree: layer {name!r} has different {what} after step {self.steps}")
+
+    # Saving and restoring.
+
+    @torch.no_grad()
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resumed run needs beside the model's own state: plain types, and tensors of whole layers.
+
+        Independent of the world size and of sharding; a collective under FSDP2.
+        """
+        return {
+            "steps": self.steps,
+            "frozen": self.frozen,
+            "skipped": self.skipped,
+            "center": self.center,
+            "thresholds": self.thresholds.clone(),
+            "sigmas": self.sigmas.clone(),
+            "statistics": self.statistics.state_dict(),
+            "density_model": self.density_model.state_dict(),
+            "controller": self.controller.state_dict(),
+            "dense": {layer.info.name: layer.gather(layer.dense).detach().clone() for layer in self.layers},
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore `state_dict`. Once frozen: build the Pruner, load the model's own state, then call this.
+
+        Raises:
+            ValueError: the state is of other layers, or the model's weights are not those that the frozen mask leaves.
+        """
+        if list(state["dense"]) != list(self.costs.names):
+            different = sorted(set(state["dense"]) ^ set(self.costs.names)) or ["(another order)"]
+            raise ValueError(f"the pruner's state is of other layers; first difference: {different[0]!r}")
+        for layer in self.layers:
+            layer.scatter_(state["dense"][layer.info.name].to(self.device), layer.dense)
+        self.steps, self.frozen, self.skipped = state["steps"], state["frozen"], state["skipped"]
+        self.center = state["center"]
+        self.thresholds, self.sigmas = state["thresholds"].clone(), state["sigmas"].clone()
+        self.density_model.load_state_dict(state["density_model"])
+        self.controller.load_state_dict(state["controller"])
+        if not self.frozen:
+            self._write_pruned(self.layers)
+        for layer in self.layers:
+            if self.frozen and not torch.equal(layer.pruned == 0, layer.dense != 0):
+                raise ValueError(
+                    f"layer {layer.info.name!r}: the model's weights are not those of the frozen mask. Building a Pruner "
+                    "prunes the model: load the model's state after that, and before the pruner's"
+                )
+        self.statistics.load_state_dict(state["statistics"], self._weight_thresholds())
 
     def remove(self) -> None:
-        """Take the hooks off the optimizer; the model stays as it is."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        """Detach from the optimizer; the model stays as it is."""
+        for hooks in self._hooks:
+            hooks.remove()
 
 
-def _is_running(frame: FrameType, innermost: FrameType) -> bool:
-    """Whether `frame` is among the frames that `innermost` was called from."""
-    current: FrameType | None = innermost
-    while current is not None and current is not frame:
-        current = current.f_back
-    return current is not None
+def _check_options(
+    control: Control, operator: Operator, ramp: Ramp, *, min_density: float, gradient_scale: float
+) -> None:
+    for name, value, kind in (("control", control, Control), ("operator", operator, Operator), ("ramp", ramp, Ramp)):
+        if not isinstance(value, kind):
+            example = {"control": "Track()", "operator": "Power()", "ramp": "Ramp()"}[name]
+            raise ValueError(f"{name} = {value!r} is not of type {kind.__name__}: give an object such as {example}")
+    for name, fraction in (("min_density", min_density), ("gradient_scale", gradient_scale)):
+        if not 0.0 <= fraction <= 1.0:
+            raise ValueError(f"{name} = {fraction} is outside [0, 1]")
+    if ramp.needs_total_steps and ramp.total_steps is None:
+        raise ValueError(f"{ramp} needs total_steps, the length of the run in optimizer steps")

@@ -10,7 +10,7 @@ from typing import IO, Any
 from rich.console import Console
 from rich.table import Table
 
-from asp_dist.config import UserError
+from asp_dist.errors import UserError
 from asp_dist.tracking.curves import pareto
 
 # Key of the summary, heading, format.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from asp_dist.config import UserError
+from asp_dist.errors import UserError
 from asp_dist.tracking.layers import write_json
 
 NAME = "Sparsity at a glance"

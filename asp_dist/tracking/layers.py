@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from asp_dist.pruning.names import LayerRow
 from asp_dist.tracking.metrics import MetricsFile, plain, read_rows
 
 # One row per layer, in this order in every table that is shown.
 COLUMNS = ("name", "type", "shape", "weights", "macs", "threshold", "sigma", "predicted_sparsity", "measured_sparsity")
 SERIES = ("measured_sparsity", "predicted_sparsity", "threshold", "sigma")
-
-LayerRow = dict[str, Any]
 
 
 class LayerHistory:
@@ -48,8 +47,11 @@ class LayerHistory:
         """The layer rows of an earlier evaluation: its numbers, with the rest (types, shapes) from the `latest` rows."""
         at = self.steps.index(step)
         then = {name: {key: self.series[key][at][i] for key in SERIES} for i, name in enumerate(self.names)}
-        fixed = [{key: row.get(key) for key in (*COLUMNS, "pruned", "reason")} for row in latest]
-        return [{**row, **then.get(str(row["name"]), {})} for row in fixed]
+        rows = []
+        for row in latest:
+            fixed = {key: row.get(key) for key in (*COLUMNS, "pruned", "reason")}
+            rows.append(cast(LayerRow, {**fixed, **then.get(row["name"], {})}))
+        return rows
 
     def thinned(self, points: int) -> LayerHistory:
         """At most `points` evaluations, spread evenly, the last one always among them."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from asp_dist.tracking.layers import LayerHistory, LayerRow, is_pruned
+from asp_dist.pruning.names import LayerRow
+from asp_dist.tracking.layers import LayerHistory, is_pruned
 
 Figure = dict[str, Any]
 

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from asp_dist.config import UserError
+from asp_dist.errors import UserError
+from asp_dist.pruning.names import LayerRow
 from asp_dist.tracking import curves, pictures
 from asp_dist.tracking.console import duration
-from asp_dist.tracking.layers import LayerHistory, LayerRow, estimate_error, is_pruned, read_history, read_layers
+from asp_dist.tracking.layers import LayerHistory, estimate_error, is_pruned, read_history, read_layers
 from asp_dist.tracking.metrics import Row, kind_of, read_rows
 from asp_dist.tracking.page import Page
 from asp_dist.tracking.pictures import Figure, axis, color

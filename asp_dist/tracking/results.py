@@ -9,7 +9,8 @@ from typing import IO, Any
 from rich.console import Console
 from rich.table import Table
 
-from asp_dist.tracking.layers import LayerRow, is_pruned
+from asp_dist.pruning.names import LayerRow
+from asp_dist.tracking.layers import is_pruned
 from asp_dist.tracking.wandb_run import sync_line
 
 FILES = ("model.safetensors", "report.html", "metrics.jsonl", "layers.json", "summary.json")

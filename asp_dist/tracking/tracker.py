@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, Self
 
 from asp_dist.config import Config
+from asp_dist.pruning.names import LayerRow
 from asp_dist.tracking import wandb_run
 from asp_dist.tracking.console import duration
-from asp_dist.tracking.layers import LayerFile, LayerRow, read_layers
+from asp_dist.tracking.layers import LayerFile, read_layers
 from asp_dist.tracking.metrics import MetricsFile, Row
 from asp_dist.tracking.report import write_report
 from asp_dist.tracking.watch import Heartbeat, Watch

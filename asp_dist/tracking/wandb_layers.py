@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from asp_dist.tracking.layers import COLUMNS, LayerHistory, LayerRow, estimate_error, is_pruned
+from asp_dist.pruning.names import LayerRow
+from asp_dist.tracking.layers import COLUMNS, LayerHistory, estimate_error, is_pruned
 
-EXTRA = ("dense_top1", "dense_gain", "pruned_further_top1", "reason")
+EXTRA = ("dense_top1", "dense_gain", "extra_pruned_top1", "reason")
 CHART_ROWS = 10_000  # wandb draws no more rows of a custom chart's table
 HEAT_COLUMNS = 64
 

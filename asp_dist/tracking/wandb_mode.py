@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from asp_dist.config import TrackingConfig, UserError
+from asp_dist.config import TrackingConfig
+from asp_dist.errors import UserError
 
 # wandb's own cloud goes by both names; a login for one is good for the other.
 CLOUD = ("api.forge.coreweave.com", "api.wandb.ai")

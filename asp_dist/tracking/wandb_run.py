@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from asp_dist.config import Config, TrackingConfig, to_dict
+from asp_dist.pruning.names import LayerRow
 from asp_dist.tracking import wandb_file, wandb_layers
-from asp_dist.tracking.layers import LayerHistory, LayerRow
+from asp_dist.tracking.layers import LayerHistory
 from asp_dist.tracking.metrics import Row
 from asp_dist.tracking.wandb_mode import Mode, resolve
 

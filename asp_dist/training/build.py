@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import inspect
 from typing import Any
@@ -15,7 +16,9 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from asp_dist.config import Config, OptimizerConfig, ScheduleConfig, TrainingConfig, UserError
+from asp_dist.config import Config, OptimizerConfig, ScheduleConfig, TrainingConfig
+from asp_dist.errors import UserError
+from asp_dist.pruning import Pruner
 from asp_dist.training.world import World
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -138,6 +141,48 @@ def place_model(config: TrainingConfig, model: nn.Module, world: World) -> nn.Mo
     if config.parallel == "fsdp" and world.world_size > 1:
         shard_model(model)
     return model
+
+
+def build_pruner(
+    config: Config,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    total_steps: int,
+    input_size: tuple[int, int, int],
+) -> Pruner | None:
+    """The run's pruner, attached to `optimizer`; None if pruning is off.
+
+    Args:
+        config: the run.
+        model: the network, placed on its device.
+        optimizer: its optimizer.
+        total_steps: length of the run in optimizer steps.
+        input_size: shape of one image, (channels, height, width).
+
+    Raises:
+        UserError: the network and the budget do not fit together.
+    """
+    pruning = config.pruning
+    if not pruning.enabled:
+        return None
+    try:
+        return Pruner(
+            model,
+            optimizer,
+            config.budget.all(),
+            control=pruning.build_control(),
+            ramp=dataclasses.replace(pruning.ramp, total_steps=total_steps),
+            select=pruning.select,
+            operator=pruning.build_operator(),
+            min_density=pruning.min_density,
+            center=pruning.center,
+            gradient_scale=pruning.gradient_scale,
+            input_shape=input_size,
+            agreement_every=pruning.agreement_every,
+        )
+    except ValueError as error:
+        raise UserError(f"model {config.model.name!r}: {error}") from error
 
 
 def shard_model(model: nn.Module) -> None:

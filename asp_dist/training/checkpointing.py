@@ -8,7 +8,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from asp_dist.config import Config, UserError, differences, to_dict
+from asp_dist.config import Config, differences, to_dict
+from asp_dist.errors import UserError
 from asp_dist.tracking.metrics import dropped_name, read_rows
 from asp_dist.training.checkpoint import Manifest
 from asp_dist.training.keeper import Event, Found, Keeper

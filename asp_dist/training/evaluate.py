@@ -13,8 +13,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.data import resolve_model_data_config
 
-from asp_dist.config import Config, UserError
+from asp_dist.config import Config
 from asp_dist.data import build_loaders, inspect_data
+from asp_dist.errors import UserError
 from asp_dist.models import check_model_name
 from asp_dist.training.build import place_model
 from asp_dist.training.evaluation import evaluate_model

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from asp_dist.pruning.names import LayerRow
 from asp_dist.training.hooks import Stopped
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def _stop_code(run: Run) -> float:
     return 0.0 if reason is None else 1.0 + (REASONS.index(reason) if reason in REASONS else 0)
 
 
-def check_layers(run: Run, rows: list[dict[str, Any]]) -> None:
+def check_layers(run: Run, rows: list[LayerRow]) -> None:
     """Look at the layers' rows of a validation.
 
     A layer without any weight left cuts the network: its user is told. Once the mask is frozen, no layer's sparsity may

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from asp_dist.config import UserError
+from asp_dist.errors import UserError
 from asp_dist.training.checkpoint import (
     CheckpointError,
     Manifest,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from asp_dist.config import TrainingConfig
 from asp_dist.pruning import Pruner
+from asp_dist.pruning.names import LayerRow
 from asp_dist.training.evaluation import evaluate_model
 from asp_dist.training.world import World
 
@@ -49,11 +49,11 @@ def layer_accuracy(
     config: TrainingConfig,
     world: World,
     *,
-    further: float | None = None,
-) -> dict[str, dict[str, float]]:
+    extra_sparsity: float | None = None,
+) -> dict[str, LayerRow]:
     """For each pruned layer, top-1 with that layer's dense weights put back; a collective, the model is left as it was.
 
-    Costs one pass over `batches` per layer (two with `further`), each rank over its own share.
+    Costs one pass over `batches` per layer (two with `extra_sparsity`), each rank over its own share.
 
     Args:
         model: the network that `pruner` prunes.
@@ -61,29 +61,29 @@ def layer_accuracy(
         batches: from `pick_subset`.
         config: precision and memory order of the forward pass.
         world: the ranks.
-        further: also measure with this share of the layer's remaining weights, its smallest, set to zero; in (0, 1).
+        extra_sparsity: also measure with this share of the layer's remaining weights, its smallest, set to zero; in (0, 1).
 
     Returns:
-        Layer name -> ``dense_top1``, ``dense_gain`` (over the pruned network's top-1 on the same images) and with `further`
-        ``pruned_further_top1`` (fractions).
+        Layer name -> ``dense_top1``, ``dense_gain`` (over the pruned network's top-1 on the same images) and with
+        ``extra_pruned_top1`` (fractions).
     """
     base = evaluate_model(model, batches, config, world)["val/top1"]
-    found: dict[str, dict[str, float]] = {}
+    found: dict[str, LayerRow] = {}
     for info in pruner.pruned_weights:
         with pruner.dense([info.name]):
             top1 = evaluate_model(model, batches, config, world)["val/top1"]
         found[info.name] = {"dense_top1": top1, "dense_gain": top1 - base}
-        if further is not None:
-            with pruned_further(pruner, info.name, further):
+        if extra_sparsity is not None:
+            with extra_pruned(pruner, info.name, extra_sparsity):
                 top1 = evaluate_model(model, batches, config, world)["val/top1"]
-            found[info.name]["pruned_further_top1"] = top1
+            found[info.name]["extra_pruned_top1"] = top1
     return found
 
 
 @contextmanager
-def pruned_further(pruner: Pruner, name: str, share: float) -> Iterator[None]:
+def extra_pruned(pruner: Pruner, name: str, share: float) -> Iterator[None]:
     """Set the smallest `share` of a layer's nonzero weights to zero while the context lasts (under FSDP, of each shard's)."""
-    shard = next(shard for shard in pruner.shards if shard.info.name == name)
+    shard = next(shard for shard in pruner.layers if shard.info.name == name)
     kept = shard.pruned.clone()
     magnitudes = kept.abs()[kept != 0].flatten()
     count = int(share * magnitudes.numel())
@@ -98,7 +98,7 @@ def pruned_further(pruner: Pruner, name: str, share: float) -> Iterator[None]:
             shard.pruned.copy_(kept)
 
 
-def add_to_rows(rows: list[dict[str, Any]], accuracy: dict[str, dict[str, float]]) -> None:
+def add_to_rows(rows: list[LayerRow], accuracy: dict[str, LayerRow]) -> None:
     """Put the results into the layers' rows, in place."""
     for row in rows:
         row.update(accuracy.get(row["name"], {}))

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from timm.data import resolve_model_data_config
 
-from asp_dist.config import Config, UserError, check
+from asp_dist.config import Config
 from asp_dist.data import DataInfo, inspect_data
 from asp_dist.data.images import build_spec
+from asp_dist.errors import UserError, check
 from asp_dist.models import build_model, check_model_name
 from asp_dist.training import build
-from asp_dist.training.pruner import build_pruner
 from asp_dist.training.run import count_steps
 from asp_dist.training.rundir import check_run_dir, with_absolute_paths
 from asp_dist.training.shares import group_sizes, share_problem
@@ -91,7 +91,7 @@ def check_budget(config: Config, data: DataInfo, total_steps: int, steps_per_epo
     height, width = build_spec(config.data, resolve_model_data_config(model)).size
     optimizer = build.build_optimizer(config.optimizer, model)
     build.build_scheduler(config.schedule, optimizer, steps_per_epoch)
-    pruner = build_pruner(config, model, optimizer, total_steps=total_steps, input_size=(3, height, width))
+    pruner = build.build_pruner(config, model, optimizer, total_steps=total_steps, input_size=(3, height, width))
     if pruner is not None:
         pruner.remove()
     if config.training.parallel == "fsdp" and config.training.ema_decay is not None:

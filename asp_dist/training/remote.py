@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, TypeVar, cast
 
-from asp_dist.config import UserError
+from asp_dist.errors import UserError
 from asp_dist.tracking.metrics import last_step
 from asp_dist.training.rundir import write_bytes
 from asp_dist.training.store import MANIFEST, NAME, WAITS_S, patiently, spare_name, step_of

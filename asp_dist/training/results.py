@@ -13,6 +13,7 @@ from torch import nn
 
 from asp_dist.config import config_hash
 from asp_dist.export.safetensors_file import save_safetensors
+from asp_dist.pruning.names import LayerRow
 from asp_dist.training import health, sharding
 from asp_dist.training.evaluation import evaluate_model
 from asp_dist.training.layer_accuracy import add_to_rows, layer_accuracy, pick_subset
@@ -41,9 +42,10 @@ def validate(run: Run) -> bool:
         average = evaluate_model(averaged_model(run), run.loaders.val, training, world, between)
         results.update({name.replace("val/", "val/ema_"): value for name, value in average.items()})
     run.results = results
-    numbers = run.pruner.metrics() if run.pruner is not None else {}
-    rows = run.pruner.rows() if run.pruner is not None else []
-    if run.pruner is not None:
+    run.snapshot = run.pruner.snapshot() if run.pruner is not None else None
+    numbers = run.snapshot.metrics() if run.snapshot is not None else {}
+    if run.snapshot is not None:
+        rows = run.snapshot.rows()
         if layer_accuracy_due(run):
             add_to_rows(rows, measure_layers(run))
         run.tracker.log_layers(run.step, rows)
@@ -64,7 +66,7 @@ def layer_accuracy_due(run: Run) -> bool:
     return tracking.layer_accuracy_images > 0 and due
 
 
-def measure_layers(run: Run) -> dict[str, dict[str, float]]:
+def measure_layers(run: Run) -> dict[str, LayerRow]:
     """Accuracy with each layer dense again, on the run's fixed share of the validation images; a collective."""
     assert run.pruner is not None
     if not run.layer_subset:
@@ -93,7 +95,9 @@ def finish_run(run: Run) -> dict[str, Any]:
     prefix = "val/ema_" if use_average else "val/"
     model = averaged_model(run) if use_average else run.model
     weights, _ = sharding.full_state(model, run.optimizer) if not use_average else (model.state_dict(), {})
-    counts = run.pruner.summary() if run.pruner is not None else dense_summary(run.model)
+    if run.pruner is not None and run.snapshot is None:
+        run.snapshot = run.pruner.snapshot()  # stopped and resumed between the last validation and here
+    counts: Any = run.snapshot.summary() if run.snapshot is not None else dense_summary(run.model)
     summary: dict[str, Any] = {
         "model": run.config.model.name,
         "top1": results[f"{prefix}top1"],

@@ -17,13 +17,12 @@ from asp_dist.config import Config
 from asp_dist.data import Loaders, build_loaders, inspect_data
 from asp_dist.data.images import build_spec
 from asp_dist.models import build_model
-from asp_dist.pruning import Pruner
+from asp_dist.pruning import Pruner, Snapshot
 from asp_dist.tracking import Tracker
 from asp_dist.training import build, sharding
 from asp_dist.training.hooks import Hooks
 from asp_dist.training.keeper import Keeper
 from asp_dist.training.meter import Meter
-from asp_dist.training.pruner import build_pruner
 from asp_dist.training.rundir import run_dir
 from asp_dist.training.state import capture_rng, restore_rng, seed_everything
 from asp_dist.training.world import World
@@ -45,6 +44,7 @@ class Run:
         best: the best validation at the budget: ``{"step": ..., "val/top1": ...}``.
         results: the latest validation.
         frozen_sparsity: each layer's sparsity in the latest validation with a frozen mask.
+        snapshot: the pruner's state at the latest validation; None before it, and without pruning.
         layer_subset: validation batches on which single layers are judged.
     """
 
@@ -75,6 +75,7 @@ class Run:
     best: dict[str, Any] | None = None
     results: dict[str, Any] = field(default_factory=dict)
     frozen_sparsity: dict[str, float] = field(default_factory=dict)
+    snapshot: Snapshot | None = None
     layer_subset: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
 
     @property
@@ -126,7 +127,7 @@ def build_run(config: Config, world: World, hooks: Hooks, keeper: Keeper, identi
     total_steps = count_steps(config, loaders.train.steps_per_epoch)
     network = build.wrap_model(training, model, world)
     height, width = build_spec(config.data, model_data).size
-    pruner = build_pruner(config, model, optimizer, total_steps=total_steps, input_size=(3, height, width))
+    pruner = build.build_pruner(config, model, optimizer, total_steps=total_steps, input_size=(3, height, width))
     run = Run(
         config=config,
         world=world,

@@ -14,7 +14,8 @@ import torch
 import yaml
 
 from asp_dist import __version__
-from asp_dist.config import Config, UserError, config_hash, differences, from_dict, may_pass, to_dict
+from asp_dist.config import Config, config_hash, differences, from_dict, to_dict
+from asp_dist.errors import UserError, may_pass
 
 CONFIG, IDENTITY, SUMMARY, MODEL = "config.yaml", "run.json", "summary.json", "model.safetensors"
 

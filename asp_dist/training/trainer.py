@@ -161,12 +161,13 @@ def log_step(run: Run) -> None:
         "train/lr": run.optimizer.param_groups[0]["lr"],
         **run.meter.row(),
     }
-    if run.pruner is not None:
-        row.update(run.pruner.metrics())
+    now = run.pruner.snapshot() if run.pruner is not None else None
+    if now is not None:
+        row.update(now.metrics())
     run.tracker.log(run.step, row)
     every = run.config.tracking.layers_every
-    if run.pruner is not None and every and run.step % every < run.config.training.log_every:
-        run.tracker.log_layers(run.step, run.pruner.rows())
+    if now is not None and every and run.step % every < run.config.training.log_every:
+        run.tracker.log_layers(run.step, now.rows())
 
 
 def close_epoch(run: Run, epoch: int) -> None:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from asp_dist.config import UserError
+from asp_dist.errors import UserError
 
 T = TypeVar("T")
 

@@ -1,4 +1,4 @@
-"""Mistakes of the user, and the checks that find them."""
+"""The errors of this package, with their exit codes, and the checks that raise them."""
 
 from __future__ import annotations
 

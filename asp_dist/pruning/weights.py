@@ -1,4 +1,4 @@
-"""The prunable weights as one rank holds them, and the one all-reduce per step that makes every rank see the same numbers."""
+"""The prunable weights as one rank has them, and the all-reduce that makes every rank see the same numbers."""
 
 from __future__ import annotations
 
@@ -30,17 +30,24 @@ def flat(tensor: Tensor) -> Tensor:
     return tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
 
 
-class LayerShard:
-    """One prunable parameter on this rank: the model's own tensor, which is pruned, and the dense weights beside it.
+class LayerWeights:
+    """One prunable parameter on this rank: the model's own tensor, which is pruned, and its dense weights.
 
     A replicated parameter (one process, DDP) exchanges storages around the optimizer's step, which copies nothing. FSDP2 keeps
-    references of its own to its shards, so there the values are copied in place.
+    references of its own to its shards, so their values are copied in place.
+
+    Args:
+        info: the weight in the model.
+        world_size: number of ranks.
+
+    Raises:
+        ValueError: the parameter is sharded along another dimension than the first.
 
     Attributes:
         info: the weight in the model.
         dense: the dense weights, in the parameter's local shape and memory format.
         pruned: the tensor that the forward pass uses.
-        replication: on how many ranks of the world each weight of this layer is held.
+        replication: how many ranks have each weight of this layer.
         shards: into how many shards the layer is cut; 1 if it is replicated.
         shard: which of them this rank has.
     """
@@ -100,29 +107,29 @@ class LayerShard:
         return flat(gradient)
 
     def check_storage(self) -> None:
-        """Raise `RuntimeError` if the parameter's storage was replaced behind the pruner's back (by ``model.to``, say)."""
+        """Raise `RuntimeError` if the parameter's storage was replaced by something else (such as ``model.to``)."""
         if not self.sharded and self.parameter.data_ptr() != self.pruned.data_ptr():
             raise RuntimeError(
                 f"layer {self.info.name!r}: its parameter was moved or converted after the Pruner was built; "
                 "move the model to its device and type first"
             )
 
-    def hand_over_dense(self) -> None:
-        """Make the parameter hold the dense weights, as the optimizer expects them."""
+    def swap_in_dense(self) -> None:
+        """Put the dense weights into the parameter, as the optimizer expects them."""
         if self.sharded:
             self.pruned.copy_(self.dense)
         else:
             self.parameter.data = self.dense
 
-    def take_back_dense(self) -> None:
-        """Take the dense weights back from the parameter, which then holds the pruned ones again."""
+    def swap_out_dense(self) -> None:
+        """Take the dense weights back from the parameter, and put the pruned ones in again."""
         if self.sharded:
             self.dense.copy_(self.pruned)
         else:
             self.parameter.data = self.pruned
 
     def gather(self, tensor: Tensor) -> Tensor:
-        """A tensor of the local shape as the whole parameter's, on every rank; a collective where it is sharded."""
+        """The whole parameter's tensor out of the ranks' local ones, on every rank; a collective where it is sharded."""
         parameter = self.parameter
         if not isinstance(parameter, DTensor):
             return tensor
@@ -151,14 +158,19 @@ class LayerShard:
 class RankReducer:
     """Makes per-layer numbers the same on every rank, by one all-reduce of one packed float64 vector.
 
-    Each rank adds what it holds, divided by the number of ranks that hold the same weights: replicated values are thereby
-    averaged and sharded ones summed. Alone, nothing is communicated.
+    Each rank adds its numbers, divided by the number of ranks that have the same weights: replicated values are thereby
+    averaged and sharded ones summed. In a single process nothing is communicated.
+
+    Args:
+        layers: the layers as this rank has them.
+        group: the ranks; None: the default group, or one process.
+        device: where the collectives' tensors are.
     """
 
-    def __init__(self, shards: Sequence[LayerShard], group: dist.ProcessGroup | None, device: torch.device) -> None:
+    def __init__(self, layers: Sequence[LayerWeights], group: dist.ProcessGroup | None, device: torch.device) -> None:
         self.group = group
         self.world_size = dist.get_world_size(group) if dist.is_initialized() else 1
-        self.share = torch.tensor([1.0 / s.replication for s in shards], dtype=torch.float64, device=device)
+        self.share = torch.tensor([1.0 / layer.replication for layer in layers], dtype=torch.float64, device=device)
         self.calls = 0
 
     def reduce(self, *columns: Tensor) -> list[Tensor]:
@@ -170,7 +182,7 @@ class RankReducer:
         self.calls += 1
         return list(packed.unbind())
 
-    def spread(self, values: Tensor) -> Tensor:
+    def max_minus_min(self, values: Tensor) -> Tensor:
         """max − min over ranks of each number, to prove that ranks agree: zeros when they do."""
         if self.world_size == 1:
             return torch.zeros_like(values)

@@ -1,44 +1,15 @@
-"""A whole run, its plain form, and what a resumed run may change."""
+"""Configurations as plain trees and back, and how two of them differ."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
-from dataclasses import dataclass
+import re
 from typing import Any, get_args, get_origin, get_type_hints
 
-from asp_dist.config.checks import check
-from asp_dist.config.cluster import ClusterConfig, OutputConfig, ResumeConfig, TrackingConfig
-from asp_dist.config.data import DataConfig, ModelConfig
-from asp_dist.config.pruning import BudgetConfig, PruningConfig
-from asp_dist.config.training import OptimizerConfig, ScheduleConfig, TrainingConfig
-
-
-@dataclass(frozen=True)
-class Config:
-    """A whole run.
-
-    Args:
-        name: name of the run, and of its folder under `output.dir`.
-    """
-
-    name: str = "run"
-    model: ModelConfig = ModelConfig()
-    data: DataConfig = DataConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
-    schedule: ScheduleConfig = ScheduleConfig()
-    training: TrainingConfig = TrainingConfig()
-    budget: BudgetConfig = BudgetConfig()
-    pruning: PruningConfig = PruningConfig()
-    cluster: ClusterConfig = ClusterConfig()
-    tracking: TrackingConfig = TrackingConfig()
-    output: OutputConfig = OutputConfig()
-    resume: ResumeConfig = ResumeConfig()
-
-    def __post_init__(self) -> None:
-        check(bool(self.name) and "/" not in self.name, f"name = {self.name!r} must be a plain folder name")
-
+from asp_dist.config.schema import Config
+from asp_dist.errors import UserError
 
 # Fields that say where and how a run is watched, not what it computes: a resumed run may change them freely.
 FREE_ON_RESUME = ("cluster", "tracking", "resume", "output", "data.threads", "data.prefetch", "training.log_every")
@@ -50,18 +21,36 @@ def to_dict(config: Any) -> dict[str, Any]:
     return plain
 
 
-def from_dict(tree: dict[str, Any], cls: Any = Config) -> Any:
-    """The inverse of `to_dict`. Raises `UserError` for values out of range, TypeError for unknown fields."""
+def from_dict(tree: dict[str, Any], cls: Any = Config, *, prefix: str = "", base: Any = None) -> Any:
+    """The inverse of `to_dict`; fields that `tree` lacks have the values of `base`, or else their defaults.
+
+    Raises:
+        UserError: a value is out of range; names the field with `prefix` before it.
+        TypeError: an unknown field.
+    """
     hints = get_type_hints(cls)
-    arguments = dict(tree)
+    arguments = {} if base is None else {f.name: getattr(base, f.name) for f in dataclasses.fields(base)}
     for name, value in tree.items():
-        kind = hints.get(name)
+        kind, place = hints.get(name), f"{prefix}{name}"
         if dataclasses.is_dataclass(kind):
-            arguments[name] = from_dict(value, kind)
+            default = next(f.default for f in dataclasses.fields(cls) if f.name == name)
+            arguments[name] = from_dict(value, kind, prefix=f"{place}.", base=arguments.get(name, default))
         elif get_origin(kind) is tuple:
             item = get_args(kind)[0]
-            arguments[name] = tuple(from_dict(v, item) if dataclasses.is_dataclass(item) else v for v in value)
-    return cls(**arguments)
+            arguments[name] = tuple(
+                from_dict(v, item, prefix=f"{place}.{i}.") if dataclasses.is_dataclass(item) else v
+                for i, v in enumerate(value)
+            )
+        else:
+            arguments[name] = value
+    try:
+        return cls(**arguments)
+    except UserError:
+        raise
+    except ValueError as error:
+        # The library's own options do not know where they stand in a configuration.
+        names_field = re.match(r"\w+ = ", str(error))
+        raise UserError(f"{prefix}{error}" if names_field else f"{prefix.rstrip('.')}: {error}") from error
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,0 +1,444 @@
+"""The configuration of a run: frozen, typed dataclasses in the order of the YAML files.
+
+Values are checked on construction, so a wrong one fails before anything starts. Sparsity and density are fractions in [0, 1];
+durations are in epochs unless the name says otherwise. The pruning options are the library's own objects.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from asp_dist.errors import check, check_address, check_fraction, check_positive
+from asp_dist.pruning import Budget, Control, Hard, Operator, Power, Ramp, Select, Soft, SparsityLoss, Track
+
+AutoAugment = Literal["none", "randaugment", "trivialaugment", "autoaugment"]
+Backend = Literal["dali", "torch", "synthetic"]
+DataFormat = Literal["auto", "folder", "manifest", "shards"]
+Precision = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network: any name in timm's registry, which `asp_dist.models` adds the paper's networks to.
+
+    Args:
+        name: timm model name, such as ``resnet50``.
+        pretrained: start from timm's published weights (needs a network), or from `weights` if that is set.
+        weights: a local ``.safetensors`` or ``.pth`` file to start from.
+        kwargs: further arguments of ``timm.create_model``, such as ``drop_path_rate``.
+    """
+
+    name: str = "resnet18"
+    pretrained: bool = False
+    weights: str | None = None
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """Augmentation of the training images. DALI runs it, on the CPU or the GPU.
+
+    Args:
+        scale: smallest and largest share of the area that a random resized crop keeps.
+        ratio: smallest and largest aspect ratio of that crop.
+        hflip: probability of a horizontal flip.
+        vflip: probability of a vertical flip.
+        color_jitter: strength of brightness, contrast and saturation jitter; 0 turns it off.
+        policy: automatic augmentation policy.
+        policy_ops: RandAugment's number of operations per image.
+        policy_magnitude: RandAugment's magnitude, 0 to 30.
+        erase: probability of random erasing.
+        repeats: repeated augmentation: how often each image appears in a batch's pool (1 is off).
+        mixup: alpha of mixup (0 is off), by timm on the batch.
+        cutmix: alpha of cutmix (0 is off), by timm on the batch.
+    """
+
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    hflip: float = 0.5
+    vflip: float = 0.0
+    color_jitter: float = 0.0
+    policy: AutoAugment = "none"
+    policy_ops: int = 2
+    policy_magnitude: int = 9
+    erase: float = 0.0
+    repeats: int = 1
+    mixup: float = 0.0
+    cutmix: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("hflip", "vflip", "erase"):
+            check_fraction(f"data.augment.{name}", getattr(self, name))
+        low, high = self.scale
+        check(0 < low <= high <= 1, f"data.augment.scale = {self.scale} must satisfy 0 < low <= high <= 1")
+        low, high = self.ratio
+        check(0 < low <= high, f"data.augment.ratio = {self.ratio} must satisfy 0 < low <= high")
+        check(self.repeats >= 1, f"data.augment.repeats = {self.repeats} must be at least 1")
+        check(
+            0 <= self.policy_magnitude <= 30,
+            f"data.augment.policy_magnitude = {self.policy_magnitude} is outside 0..30",
+        )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The images and how they reach the network.
+
+    Args:
+        root: the data set: a folder with ``train/CLASS/*`` and ``val/CLASS/*``, manifests, or tar shards.
+        backend: ``dali`` (default), ``torch`` (timm's loader) or ``synthetic`` (random tensors that cost nothing).
+        format: how `root` is laid out; ``auto`` looks.
+        train: name of the training split's folder, manifest or shard prefix under `root`.
+        val: the same for the validation split.
+        batch_size: images per optimizer step, over all workers and accumulation steps.
+        eval_batch_size: images per worker in a validation batch; None: the training batch per worker.
+        input_size: image side in pixels; None: from the model's timm data config.
+        progressive_sizes: image sides of the training images over the epochs, spread evenly; empty: `input_size`.
+        threads: decoding threads per worker; None: from the CPUs that the worker may use.
+        prefetch: batches that the pipeline works ahead.
+        synthetic_samples: (training, validation) samples of the synthetic source.
+        synthetic_classes: number of classes of the synthetic source.
+        augment: augmentation of the training images.
+    """
+
+    root: str = "data/digits"
+    backend: Backend = "dali"
+    format: DataFormat = "auto"
+    train: str = "train"
+    val: str = "val"
+    batch_size: int = 64
+    eval_batch_size: int | None = None
+    input_size: int | None = None
+    progressive_sizes: tuple[int, ...] = ()
+    threads: int | None = None
+    prefetch: int = 2
+    synthetic_samples: tuple[int, int] = (1024, 256)
+    synthetic_classes: int = 10
+    augment: AugmentConfig = AugmentConfig()
+
+    def __post_init__(self) -> None:
+        check_address("data.root", self.root)
+        check(self.batch_size >= 1, f"data.batch_size = {self.batch_size} must be at least 1")
+        for name in ("eval_batch_size", "input_size", "threads", "prefetch", "synthetic_classes"):
+            check_positive(f"data.{name}", getattr(self, name))
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """The optimizer, by its name in timm's registry (``sgd`` is Nesterov SGD, ``momentum`` is not).
+
+    Args:
+        name: any of ``timm.optim.list_optimizers()``.
+        lr: learning rate at the start of the schedule, after warm-up.
+        weight_decay: weight decay; timm keeps it off biases and norms.
+        momentum: momentum, or the first beta.
+        kwargs: further arguments of the optimizer.
+        clip_grad: largest gradient norm; None: no clipping.
+    """
+
+    name: str = "sgd"
+    lr: float = 0.1
+    weight_decay: float = 5e-4
+    momentum: float = 0.9
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    clip_grad: float | None = None
+
+    def __post_init__(self) -> None:
+        check(self.lr > 0, f"optimizer.lr = {self.lr} must be greater than 0")
+        check_positive("optimizer.clip_grad", self.clip_grad)
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """The learning rate's schedule, by its name in timm (``cosine``, ``step``, ``multistep``, ``poly``, ...).
+
+    Args:
+        name: timm scheduler name.
+        epochs: length of the training in epochs.
+        warmup_epochs: epochs of linear warm-up, inside `epochs`.
+        warmup_lr: learning rate at the start of the warm-up.
+        min_lr: learning rate at the end.
+        decay_epochs: epochs between decays, or the milestones of ``multistep``.
+        decay_rate: factor at each decay.
+    """
+
+    name: str = "cosine"
+    epochs: int = 12
+    warmup_epochs: float = 0.0
+    warmup_lr: float = 1e-5
+    min_lr: float = 0.0
+    decay_epochs: tuple[float, ...] = (30.0,)
+    decay_rate: float = 0.1
+
+    def __post_init__(self) -> None:
+        check(self.epochs >= 1, f"schedule.epochs = {self.epochs} must be at least 1")
+        check(
+            0 <= self.warmup_epochs < self.epochs,
+            f"schedule.warmup_epochs = {self.warmup_epochs} must lie in [0, schedule.epochs = {self.epochs})",
+        )
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """The training loop.
+
+    Args:
+        seed: seed of the weights, the order of the samples and the augmentation.
+        device: ``auto`` (CUDA where there is some, else the CPU), ``cpu`` or ``cuda``.
+        precision: autocast type of forward and backward; ``float16`` uses a gradient scaler.
+        channels_last: keep images and convolutions in channels_last memory order.
+        compile: compile the model with ``torch.compile``.
+        accumulate: micro-batches per optimizer step.
+        label_smoothing: label smoothing, in [0, 1).
+        ema_decay: decay of the exponential moving average of the weights; None: no average is kept.
+        sync_batch_norm: use batch norm statistics of all workers.
+        parallel: ``ddp`` (replicated weights) or ``fsdp`` (sharded by ``fully_shard``).
+        eval_every: epochs between validations; the last epoch is always validated.
+        log_every: optimizer steps between logged rows.
+        max_bad_steps: steps with a non-finite loss or gradient in a row that end the run.
+        max_steps: end after so many optimizer steps, whatever the epochs; for trials.
+    """
+
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Precision = "float32"
+    channels_last: bool = False
+    compile: bool = False
+    accumulate: int = 1
+    label_smoothing: float = 0.0
+    ema_decay: float | None = None
+    sync_batch_norm: bool = False
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    eval_every: int = 1
+    log_every: int = 10
+    max_bad_steps: int = 10
+    max_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("accumulate", "eval_every", "log_every", "max_bad_steps", "max_steps"):
+            check_positive(f"training.{name}", getattr(self, name))
+        check_fraction("training.label_smoothing", self.label_smoothing, upper_open=True)
+        check_fraction("training.ema_decay", self.ema_decay, upper_open=True)
+
+
+@dataclass(frozen=True)
+class BudgetConfig(Budget):
+    """The budget that the network is pruned to; with none of sparsity, density and count: 90 % sparsity.
+
+    Args:
+        cost: see `Budget`, as for the next five.
+        sparsity: share of the prunable layers' cost to save, in [0, 1).
+        density: share of it to keep, in (0, 1].
+        count: absolute limit, in weights, multiply-adds or bytes.
+        bound: ``equal`` or ``at_most``.
+        scope: over the whole ``network``, or for each ``layer`` on its own.
+        also: further budgets that hold at the same time.
+    """
+
+    also: tuple[Budget, ...] = ()
+
+    def __post_init__(self) -> None:
+        self.all()
+
+    def all(self) -> tuple[Budget, ...]:
+        """The budgets, this one first."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(Budget)}
+        if self.sparsity is self.density is self.count is None:
+            values["sparsity"] = 0.9
+        return (Budget(**values), *self.also)
+
+
+@dataclass(frozen=True)
+class PruningConfig:
+    """How the network is pruned to the budget; see `asp_dist.pruning.Pruner`.
+
+    Args:
+        enabled: False trains the dense network.
+        control: what moves the thresholds: ``loss`` (the adaptive sparsity loss, arXiv 2006.02768) or ``track`` (the budget
+            holds at every step).
+        loss: options of ``control: loss``.
+        track: options of ``control: track``.
+        ramp: the target over the training; its total_steps follow from the schedule.
+        select: which layers are pruned.
+        operator: what the kept weights become: ``hard`` (published), ``soft`` or ``power`` (Feather, arXiv 2310.02448).
+        power: options of ``operator: power``.
+        min_density: smallest density of each layer.
+        center: subtract layers' means after every step; None: as the control does by default, on fresh weights.
+        gradient_scale: factor θ on the gradients that pruned weights receive.
+        agreement_every: steps between checks that all ranks have the same thresholds and masks; 0: never.
+    """
+
+    enabled: bool = True
+    control: Literal["loss", "track"] = "loss"
+    loss: SparsityLoss = SparsityLoss()
+    track: Track = Track()
+    ramp: Ramp = Ramp(freeze_at=0.75)
+    select: Select = Select()
+    operator: Literal["hard", "soft", "power"] = "hard"
+    power: Power = Power()
+    min_density: float = 0.001
+    center: bool | None = None
+    gradient_scale: float = 1.0
+    agreement_every: int = 100
+
+    def __post_init__(self) -> None:
+        for name in ("min_density", "gradient_scale"):
+            check_fraction(f"pruning.{name}", getattr(self, name))
+        check(self.agreement_every >= 0, f"pruning.agreement_every = {self.agreement_every} must not be negative")
+        check(
+            self.ramp.total_steps is None,
+            f"pruning.ramp.total_steps = {self.ramp.total_steps}: it follows from the schedule; leave it out",
+        )
+        for choice, options in (
+            ("control", {"loss": self.loss, "track": self.track}),
+            ("operator", {"power": self.power}),
+        ):
+            chosen = getattr(self, choice)
+            for name, value in options.items():
+                if name != chosen and value != type(value)():
+                    changed = next(f.name for f in dataclasses.fields(value) if getattr(value, f.name) != f.default)
+                    check(
+                        False,
+                        f"pruning.{name}.{changed} = {getattr(value, changed)} is an option of {type(value).__name__}, but "
+                        f"pruning.{choice} = {chosen}: set pruning.{choice} to {name}, or leave the option out",
+                    )
+
+    def build_control(self) -> Control:
+        """The chosen control."""
+        return self.loss if self.control == "loss" else self.track
+
+    def build_operator(self) -> Operator:
+        """The chosen operator."""
+        return {"hard": Hard(), "soft": Soft(), "power": self.power}[self.operator]
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """Where the workers run.
+
+    Args:
+        mode: ``ray`` (Ray Train), or ``local`` (this process, or the ranks that torchrun started).
+        address: a running Ray cluster, ``auto``, or None: ``RAY_ADDRESS``, else a cluster on this machine.
+        num_workers: number of workers; each is one rank.
+        min_workers: with a value, the group is elastic between `min_workers` and `num_workers`.
+        cpus_per_worker: CPUs reserved per worker; None: an equal share of this machine's on a local cluster, else 1.
+        gpus_per_worker: GPUs reserved per worker; None: 1 where the cluster has some, else 0.
+        max_failures: restarts of the worker group after a failure; -1: no limit.
+        timeout_s: seconds after which a collective that does not finish ends the run.
+    """
+
+    mode: Literal["ray", "local"] = "ray"
+    address: str | None = None
+    num_workers: int = 2
+    min_workers: int | None = None
+    cpus_per_worker: float | None = None
+    gpus_per_worker: int | None = None
+    max_failures: int = 3
+    timeout_s: float = 600.0
+
+    def __post_init__(self) -> None:
+        check(self.num_workers >= 1, f"cluster.num_workers = {self.num_workers} must be at least 1")
+        check(
+            self.min_workers is None or 1 <= self.min_workers <= self.num_workers,
+            f"cluster.min_workers = {self.min_workers} must lie in 1..cluster.num_workers = {self.num_workers}",
+        )
+        check_positive("cluster.timeout_s", self.timeout_s)
+        check_positive("cluster.cpus_per_worker", self.cpus_per_worker)
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """Where the run's numbers go, beside ``metrics.jsonl``.
+
+    Args:
+        wandb: ``auto`` (online with a key and a network, else offline), ``online``, ``offline`` or ``disabled``.
+        project: wandb project.
+        entity: wandb user or team.
+        group: wandb group.
+        tags: wandb tags.
+        timeout_s: seconds to wait for the wandb server before going offline.
+        layers_every: optimizer steps between logged layer statistics; 0: at evaluations only.
+        layer_accuracy_images: images per layer for the accuracy with that layer made dense; 0: off.
+        layer_accuracy_every: epochs between those evaluations.
+    """
+
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
+    project: str = "asp-dist"
+    entity: str | None = None
+    group: str | None = None
+    tags: tuple[str, ...] = ()
+    timeout_s: float = 10.0
+    layers_every: int = 0
+    layer_accuracy_images: int = 0
+    layer_accuracy_every: int = 5
+
+
+@dataclass(frozen=True)
+class OutputConfig:
+    """Where the run's files go.
+
+    Args:
+        dir: folder of all runs; every worker must see it.
+        checkpoint_epochs: epochs between checkpoints.
+        checkpoint_steps: optimizer steps between checkpoints as well; None: none within an epoch.
+        checkpoint_minutes: minutes between checkpoints as well; None: none within an epoch.
+        keep: checkpoints kept, beside the best.
+        storage: address of an object store, such as ``s3://bucket/runs``, that holds the checkpoints and copies of the
+            results, so that a run goes on where its `dir` is gone; None: the run's folder holds them.
+    """
+
+    dir: str = "runs"
+    checkpoint_epochs: int = 1
+    checkpoint_steps: int | None = None
+    checkpoint_minutes: float | None = None
+    keep: int = 2
+    storage: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("checkpoint_epochs", "checkpoint_steps", "checkpoint_minutes", "keep"):
+            check_positive(f"output.{name}", getattr(self, name))
+        check(
+            self.storage is None or "://" in self.storage,
+            f"output.storage = {self.storage!r} is no address: give one such as s3://bucket/runs, or use output.dir",
+        )
+        check_address("output.storage", self.storage)
+
+
+@dataclass(frozen=True)
+class ResumeConfig:
+    """What happens when the run directory already holds a run.
+
+    Args:
+        enabled: go on from its latest checkpoint; False refuses to touch it.
+        allow_changes: dotted names of fields that may differ from the run's own config.
+    """
+
+    enabled: bool = True
+    allow_changes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run.
+
+    Args:
+        name: name of the run, and of its folder under `output.dir`.
+    """
+
+    name: str = "run"
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    training: TrainingConfig = TrainingConfig()
+    budget: BudgetConfig = BudgetConfig()
+    pruning: PruningConfig = PruningConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    output: OutputConfig = OutputConfig()
+    resume: ResumeConfig = ResumeConfig()
+
+    def __post_init__(self) -> None:
+        check(bool(self.name) and "/" not in self.name, f"name = {self.name!r} must be a plain folder name")

@@ -1,0 +1,1 @@
+"""Controllers: what moves the thresholds, one file per method."""
