@@ -18,6 +18,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from asp_dist import __version__
 from asp_dist.commands import COMMANDS
+from asp_dist.commands.command import Command
 from asp_dist.config import Config, from_dict
 from asp_dist.errors import UserError
 
@@ -67,7 +68,7 @@ def _readable(message: str) -> str:
         return message
     kinds = re.findall(r"Expected an? (?:<class '(\w+)'>|typing\.(Literal\[.*?\])|(\S+?)\.)", message)
     wanted = " or ".join(dict.fromkeys(next(filter(None, kind)).replace("NoneType", "null") for kind in kinds))
-    return f"{key[1]} = {value[1].strip()} does not fit" + (f": expected {wanted}" if wanted else "")
+    return f"{key[1]} = {value[1].strip()} is not valid" + (f": expected {wanted}" if wanted else "")
 
 
 def _run(arguments: list[str]) -> int:
@@ -75,15 +76,39 @@ def _run(arguments: list[str]) -> int:
     if not arguments:
         parser.print_help()
         return EXIT_USER
+    arguments = spelled(arguments, parser)
     command = COMMANDS.get(arguments[0])
     if command is not None and command.configured:
         arguments = _with_config_option(arguments)
         check_fields(arguments)
     parsed = parser.parse_args(arguments)
     command, options = COMMANDS[parsed.command], parsed[parsed.command]
+    if command.group:
+        command, options = command.group[options.command], options[options.command]
+    assert command.run is not None
     if command.configured:
         return command.run(to_config(parsed), **_own(options))
     return command.run(**_plain(options))
+
+
+def spelled(arguments: Sequence[str], parser: ArgumentParser) -> list[str]:
+    """The arguments with the parser's own spelling of each option: hyphens and underscores are both accepted."""
+    options = {name.replace("-", "_"): name for name in _option_names(parser)}
+    result = []
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if name.startswith("--"):
+            name = options.get(name.replace("-", "_"), name)
+        result.append(name + equals + value)
+    return result
+
+
+def _option_names(parser: Any) -> set[str]:
+    names = set(parser._option_string_actions)
+    for action in parser._actions:
+        for below in (getattr(action, "choices", None) or {}) if hasattr(action, "add_subcommand") else ():
+            names |= _option_names(action._name_parser_map[below])
+    return names
 
 
 def _with_config_option(arguments: list[str]) -> list[str]:
@@ -158,7 +183,7 @@ def _check_file(path: Path, known: list[str]) -> None:
     except yaml.YAMLError as error:
         raise UserError(f"configuration {path} is not valid YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(tree, dict):
-        raise UserError(f"configuration {path} holds no fields")
+        raise UserError(f"configuration {path} has no fields")
     _check_tree(tree, "", known, path)
 
 
@@ -172,25 +197,39 @@ def _check_tree(tree: dict[str, Any], prefix: str, known: list[str], path: Path)
 
 
 def _nearest(name: str, known: list[str], dashes: str = "") -> str:
+    """The field that was probably meant: one of that name a level below, or the one spelled most alike."""
+    group, _, last = name.rpartition(".")
+    below = [field for field in known if field.startswith(f"{group}.") and field.endswith(f".{last}")]
+    if below:
+        owner: Any = Config
+        for part in below[0].split(".")[:-1]:
+            owner = typing.get_type_hints(owner)[part]
+        return f"; did you mean {dashes}{below[0]}, an option of {owner.__name__}?"
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; the nearest is {dashes}{close[0]}" if close else ""
+    return f"; did you mean {dashes}{close[0]}?" if close else ""
 
 
 def build_parser() -> ArgumentParser:
     """The whole command line."""
     parser = ArgumentParser(
         prog="asp-dist",
-        description="Prune timm models while they train, on a Ray cluster, down to a budget that you name.",
+        description="Prune timm models while they train, on a Ray cluster, to a budget you choose.",
         epilog="--debug shows a traceback with any error.",
         version=__version__,
         exit_on_error=False,
     )
+    _add_commands(parser, COMMANDS)
+    return parser
+
+
+def _add_commands(parser: ArgumentParser, commands: dict[str, Command]) -> None:
     subcommands = parser.add_subcommands(required=True, dest="command")
-    for name, command in COMMANDS.items():
+    for name, command in commands.items():
         sub = ArgumentParser(description=command.help, exit_on_error=False)
         if command.configured:
             sub.add_argument("--config", action="config", help="YAML file; may be given as the first argument.")
             sub.add_class_arguments(Config, nested_key=None, fail_untyped=True)
         command.add_arguments(sub)
         subcommands.add_subcommand(name, sub, help=command.help)
-    return parser
+        if command.group:
+            _add_commands(sub, command.group)

@@ -16,7 +16,7 @@ from timm.models import _builder, load_state_dict
 from torch import Tensor, nn
 
 from asp_dist.errors import UserError, check, may_pass
-from asp_dist.export.sparse_file import load_sparse
+from asp_dist.weight_files import load_sparse
 
 log = logging.getLogger(__name__)
 # What torch.load and safetensors raise for files that are not what they should be.
@@ -37,7 +37,7 @@ def read_weights(file: str) -> dict[str, Any]:
     """The entries of a weights file by name; of a training checkpoint, the average of the weights or else the weights.
 
     Args:
-        file: a ``.safetensors`` file, plain or sparse (`asp_dist.export.sparse_file`), or what ``torch.save`` wrote.
+        file: a ``.safetensors`` file, plain or sparse (`asp_dist.weight_files`), or what ``torch.save`` wrote.
             Nothing in it is executed.
 
     Raises:

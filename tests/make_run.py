@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from asp_dist.pruning.names import LayerRow
-from asp_dist.tracking.layers import LayerFile, write_json
-from asp_dist.tracking.metrics import MetricsFile
+from asp_dist.tracking.layer_rows import LayerFile, write_json
+from asp_dist.tracking.rows import MetricsFile
 
 
 def layer_rows(shapes: list[tuple[int, ...]], share: float) -> list[LayerRow]:
@@ -93,7 +93,7 @@ def make_run(
 
 
 def _checkpoint(folder: Path, shapes: list[tuple[int, ...]]) -> None:
-    """A checkpoint as `asp_dist.training.checkpoint` lays it out, of a frozen mask that keeps |w| > σ."""
+    """A checkpoint as `asp_dist.checkpoint.format` lays it out, of a frozen mask that keeps |w| > σ."""
     folder.mkdir(parents=True)
     names = [row["name"] for row in layer_rows(shapes, 1.0) if row["pruned"]]
     torch.manual_seed(0)

@@ -6,7 +6,7 @@ import io
 
 import pytest
 
-from asp_dist.bench.extras import bench_extra, print_extra
+from asp_dist.bench.saving_and_tracking import bench_extra, print_extra
 from asp_dist.errors import UserError
 
 

@@ -14,12 +14,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from asp_dist.checkpoint.format import CheckpointError, Manifest, read_checkpoint, split_state, write_checkpoint
+from asp_dist.checkpoint.manager import CheckpointManager
+from asp_dist.checkpoint.state import flatten_state, unflatten_state
+from asp_dist.checkpoint.storage import LocalStore
 from asp_dist.errors import UserError
-from asp_dist.export.safetensors_file import save_safetensors
-from asp_dist.training.checkpoint import CheckpointError, Manifest, read_checkpoint, split_state, write_checkpoint
-from asp_dist.training.keeper import Keeper
-from asp_dist.training.state import flatten_state, unflatten_state
-from asp_dist.training.store import LocalStore
+from asp_dist.weight_files import save_safetensors
 
 
 def manifest(step: int = 1, run: str = "mine", best: bool = False) -> Manifest:
@@ -42,8 +42,8 @@ def save(store: LocalStore, step: int = 1, value: float = 1.0, **more: Any) -> s
     return write_checkpoint(store, manifest(step, **more), plain, parts)
 
 
-def keep(keeper: Keeper, step: int, **more: Any) -> None:
-    keeper.save(manifest(step, **more), state(float(step)))
+def keep(manager: CheckpointManager, step: int, **more: Any) -> None:
+    manager.save(manifest(step, **more), state(float(step)))
 
 
 def equal(a: Any, b: Any) -> bool:
@@ -114,30 +114,30 @@ def test_damage_is_named_and_the_one_before_is_used(tmp_path: Path, file: str, d
     for step in (1, 2):
         save(store, step, float(step))
     damage(tmp_path / "step-00000002" / file)
-    keeper = Keeper(store, "mine", keep=2)
-    latest = keeper.latest()
+    manager = CheckpointManager(store, "mine", keep=2)
+    latest = manager.latest()
     assert latest is not None and latest.name == "step-00000001"
     assert float(latest.state["model"]["fc.weight"][0, 0]) == 1.0
-    (event,) = keeper.events()
+    (event,) = manager.events()
     assert event.kind == "warning" and "step-00000002" in event.message and file in event.message
 
 
 def test_checkpoints_after_a_fall_back_are_kept(tmp_path: Path) -> None:
     """Step 4000 is the best; 4500 and 5000 rot; the run resumes from 4000 and saves on."""
     store = LocalStore(tmp_path)
-    keeper = Keeper(store, "mine", keep=2)
+    manager = CheckpointManager(store, "mine", keep=2)
     for step in (4000, 4500, 5000):
-        keep(keeper, step, best=step == 4000)
-    keeper.wait()
+        keep(manager, step, best=step == 4000)
+    manager.wait()
     for step in (4500, 5000):
         damage_bit(tmp_path / f"step-0000{step}" / "model.safetensors")
     kept = (tmp_path / "step-00005000" / "model.safetensors").read_bytes()
     for last in (4300, 4600):  # a second restart finds what the first one saved
-        keeper = Keeper(store, "mine", keep=2)
-        assert keeper.latest() is not None
+        manager = CheckpointManager(store, "mine", keep=2)
+        assert manager.latest() is not None
         for step in (last - 200, last - 100, last):
-            keep(keeper, step)
-            keeper.wait()
+            keep(manager, step)
+            manager.wait()
             assert f"step-0000{step}" in store.names()
     assert store.names() == ["step-00004000", "step-00004500", "step-00004600"]
     assert (tmp_path / "bad-step-00005000" / "model.safetensors").read_bytes() == kept
@@ -158,30 +158,30 @@ def test_what_cannot_be_read_now_is_neither_skipped_nor_moved_with_a_patched_rea
         return original(path)
 
     monkeypatch.setattr(Path, "read_bytes", failing)
-    latest = Keeper(store, "mine", keep=2).latest()  # it answers at the third attempt
+    latest = CheckpointManager(store, "mine", keep=2).latest()  # it answers at the third attempt
     assert latest is not None and latest.name == "step-00000002"
     failures[0] = 1000
     with pytest.raises(OSError, match=r"step-00000002 cannot be read now .*Input/output error.*start again"):
-        Keeper(store, "mine", keep=2).latest()
+        CheckpointManager(store, "mine", keep=2).latest()
     assert store.names() == ["step-00000001", "step-00000002"]
 
 
 def test_nothing_usable_is_an_error_not_a_new_start(tmp_path: Path) -> None:
     store = LocalStore(tmp_path)
-    assert Keeper(store, "mine", 2).latest() is None
+    assert CheckpointManager(store, "mine", 2).latest() is None
     damage_bit(tmp_path / save(store) / "model.safetensors")
     with pytest.raises(UserError, match=r"step-00000001/model.safetensors does not fit its hash"):
-        Keeper(store, "mine", 2).latest()
+        CheckpointManager(store, "mine", 2).latest()
 
 
 def test_another_runs_checkpoint_is_not_used(tmp_path: Path) -> None:
     store = LocalStore(tmp_path)
     save(store, 1)
     save(store, 2, run="other")
-    keeper = Keeper(store, "mine", 2)
-    latest = keeper.latest()
+    manager = CheckpointManager(store, "mine", 2)
+    latest = manager.latest()
     assert latest is not None and latest.manifest.step == 1
-    assert "belongs to another run" in keeper.events()[0].message
+    assert "belongs to another run" in manager.events()[0].message
     assert store.names() == ["step-00000001"]
     assert load_file(tmp_path / "bad-step-00000002" / "model.safetensors")["fc.weight"].shape == (3, 5)
 
@@ -204,33 +204,33 @@ def test_half_written_checkpoints_are_invisible_and_go(tmp_path: Path) -> None:
 
 
 def test_the_last_and_the_best_stay(tmp_path: Path) -> None:
-    keeper = Keeper(LocalStore(tmp_path), "mine", keep=2)
+    manager = CheckpointManager(LocalStore(tmp_path), "mine", keep=2)
     for step in range(1, 7):
-        keep(keeper, step, best=step in (2, 3))
-    keeper.wait()
-    assert keeper.store.names() == ["step-00000003", "step-00000005", "step-00000006"]
-    assert [e.kind for e in keeper.events()] == ["checkpoint"] * 6
+        keep(manager, step, best=step in (2, 3))
+    manager.wait()
+    assert manager.store.names() == ["step-00000003", "step-00000005", "step-00000006"]
+    assert [e.kind for e in manager.events()] == ["checkpoint"] * 6
 
 
 def test_saving_copies_the_state_at_once(tmp_path: Path) -> None:
-    keeper = Keeper(LocalStore(tmp_path), "mine", keep=2)
+    manager = CheckpointManager(LocalStore(tmp_path), "mine", keep=2)
     tree = state(1.0)
-    keeper.save(manifest(1), tree)
+    manager.save(manifest(1), tree)
     tree["model"]["fc.weight"].fill_(9.0)  # the training goes on
-    keeper.wait()
-    latest = keeper.latest()
+    manager.wait()
+    latest = manager.latest()
     assert latest is not None and float(latest.state["model"]["fc.weight"].max()) == 1.0
 
 
 def test_bad_weights_are_never_a_checkpoint(tmp_path: Path) -> None:
-    keeper = Keeper(LocalStore(tmp_path), "mine", keep=2)
-    keep(keeper, 1)
+    manager = CheckpointManager(LocalStore(tmp_path), "mine", keep=2)
+    keep(manager, 1)
     tree = state()
     tree["model"]["fc.weight"][1, 1] = float("nan")
-    keeper.save(manifest(2), tree)
-    keeper.wait()
-    assert keeper.store.names() == ["step-00000001"]
-    assert "not finite in fc.weight" in keeper.events()[-1].message
+    manager.save(manifest(2), tree)
+    manager.wait()
+    assert manager.store.names() == ["step-00000001"]
+    assert "not finite in fc.weight" in manager.events()[-1].message
 
 
 def test_manifest_is_readable_by_people(tmp_path: Path) -> None:
@@ -243,19 +243,19 @@ def test_full_disk_keeps_what_is_there(tmp_path: Path) -> None:
     if mounted.returncode:
         pytest.skip("needs root, to mount a small tmpfs")
     try:
-        keeper = Keeper(LocalStore(tmp_path / "c"), "mine", keep=3)
-        keep(keeper, 1)
-        keeper.wait()
+        manager = CheckpointManager(LocalStore(tmp_path / "c"), "mine", keep=3)
+        keep(manager, 1)
+        manager.wait()
         big = {"model": {"w": torch.ones(300, 300)}}
-        keeper.save(manifest(2), big)
-        keeper.wait()
-        first, second = keeper.events()
+        manager.save(manifest(2), big)
+        manager.wait()
+        first, second = manager.events()
         assert first.kind == "checkpoint"
         assert second.kind == "warning" and "No space left on device" in second.message
         assert "earlier ones kept: step-00000001" in second.message
         assert [p.name for p in (tmp_path / "c").iterdir()] == ["step-00000001"]
-        keep(keeper, 3)  # there is room again
-        keeper.wait()
-        assert keeper.store.names() == ["step-00000001", "step-00000003"]
+        keep(manager, 3)  # there is room again
+        manager.wait()
+        assert manager.store.names() == ["step-00000001", "step-00000003"]
     finally:
         subprocess.run(["umount", str(tmp_path)], check=True)

@@ -73,7 +73,7 @@ def test_print_config_is_a_configuration_again(capsys: pytest.CaptureFixture[str
     ("arguments", "words"),
     [
         (("configs/nowhere.yaml",), ("configs/nowhere.yaml", "does not exist", "configs/quickstart.yaml")),
-        ((CONFIG, "--budget.sparsty", "0.5"), ("--budget.sparsty", "the nearest is --budget.sparsity")),
+        ((CONFIG, "--budget.sparsty", "0.5"), ("--budget.sparsty", "did you mean --budget.sparsity?")),
         ((CONFIG, "--budget.sparsity", "1.0"), ("budget.sparsity = 1.0", "[0, 1)", "0.9 for 90 %")),
         ((CONFIG, "--budget.sparsity", "-0.1"), ("budget.sparsity = -0.1", "[0, 1)")),
         ((CONFIG, "--budget.sparsity", "most"), ("budget.sparsity = most", "float")),
@@ -99,10 +99,14 @@ def test_a_wrong_value_names_the_field_the_value_and_the_remedy(
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("model:\n  nam: resnet18\n", ("unknown field model.nam", "nearest is model.name")),
-        ("schedul:\n  epochs: 3\n", ("unknown field schedul", "nearest is schedule")),
+        ("model:\n  nam: resnet18\n", ("unknown field model.nam", "did you mean model.name?")),
+        ("schedul:\n  epochs: 3\n", ("unknown field schedul", "did you mean schedule?")),
+        (
+            "pruning:\n  control: track\n  multiplier: true\n",
+            ("unknown field pruning.multiplier", "pruning.loss.multiplier", "SparsityLoss"),
+        ),
         ("model: [", ("not valid YAML",)),
-        ("just words", ("holds no fields",)),
+        ("just words", ("has no fields",)),
     ],
 )
 def test_a_wrong_file_is_refused(
@@ -147,3 +151,17 @@ def test_a_resumed_run_may_change_where_it_runs_but_not_what_it_computes() -> No
     assert differences(to_dict(config), to_dict(other)) == {"optimizer.lr": (0.1, 0.2)}
     assert differences(to_dict(config), to_dict(other), allowed=("optimizer.lr",)) == {}
     assert config_hash(config) != config_hash(other)
+
+
+@pytest.mark.parametrize("option", ["--data.batch-size", "--data.batch_size"])
+def test_hyphens_and_underscores_are_both_accepted(option: str) -> None:
+    parser = cli.build_parser()
+    arguments = cli.spelled(["train", "--config", CONFIG, option, "128", "--dry_run"], parser)
+    assert arguments == ["train", "--config", CONFIG, "--data.batch_size", "128", "--dry-run"]
+    assert cli.to_config(parser.parse_args(arguments)).data.batch_size == 128
+
+
+def test_the_benches_are_a_group_with_options_of_their_own(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--steps 3" in refusal(capsys, "bench", "data", "data/digits", "--steps", "3")
+    assert "bench.data.data" in refusal(capsys, "bench", "data")
+    assert "{overhead,data,saving,tracking}" in refusal(capsys, "bench")

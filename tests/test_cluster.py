@@ -1,4 +1,4 @@
-"""Running on Ray: resources, control files, failures, signals; with a small stand-in for the trainer."""
+"""Running on Ray: resources, launch files, failures, signals; with a small stand-in for the trainer."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from ray.train import ScalingConfig
 from small_runs import small_config, with_changes
 
 from asp_dist.cluster import ClusterError, run
-from asp_dist.cluster.control import Control
 from asp_dist.cluster.failures import describe
+from asp_dist.cluster.launch_files import LaunchFiles
+from asp_dist.cluster.ray_private import DividingScalingPolicy
 from asp_dist.cluster.resources import plan_resources
-from asp_dist.cluster.scaling import DividingScalingPolicy
 from asp_dist.cluster.session import _descendants
 from asp_dist.cluster.worker import TrainFunction, interface_of
 from asp_dist.config import ClusterConfig, Config, DataConfig, OutputConfig, TrainingConfig
 from asp_dist.errors import UserError
-from asp_dist.training.shares import group_sizes
+from asp_dist.training.world import group_sizes
 
 pytestmark = [
     # Ray leaves its own log files and sockets to the garbage collector.
@@ -100,28 +100,28 @@ def test_cuda_on_a_cluster_without_gpus_is_refused() -> None:
 
 
 def test_control_files_carry_a_stop_and_the_first_fatal_error(tmp_path: Path) -> None:
-    control = Control.begin(tmp_path / "run")
-    assert control.visible() and control.stop_reason() is None and control.fatal() is None
-    control.request_stop("SIGTERM")
-    control.write_fatal({"message": "first"})
-    control.write_fatal({"message": "second"})
-    assert control.stop_reason() == "SIGTERM"
-    assert control.fatal() == {"message": "first"}
-    control.end()
-    assert not control.visible()
+    files = LaunchFiles.begin(tmp_path / "run")
+    assert files.visible() and files.stop_reason() is None and files.fatal() is None
+    files.request_stop("SIGTERM")
+    files.write_fatal({"message": "first"})
+    files.write_fatal({"message": "second"})
+    assert files.stop_reason() == "SIGTERM"
+    assert files.fatal() == {"message": "first"}
+    files.end()
+    assert not files.visible()
     assert list((tmp_path / "run").iterdir()) == []
 
 
 def test_a_killed_drivers_files_are_swept_by_the_next_launch(tmp_path: Path) -> None:
-    killed = Control.begin(tmp_path)
-    current = Control.begin(tmp_path)
+    killed = LaunchFiles.begin(tmp_path)
+    current = LaunchFiles.begin(tmp_path)
     assert current.visible() and not killed.visible()
 
 
 def test_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:
-    first = Control.begin(tmp_path)
+    first = LaunchFiles.begin(tmp_path)
     with first.lock():
-        second = Control.begin(tmp_path)
+        second = LaunchFiles.begin(tmp_path)
         assert first.visible()
         with pytest.raises(UserError, match="another run still writes"), second.lock(wait_s=0.1):
             pass

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from processes import environment_of, processes
 
-from asp_dist.cluster import jobs, keys
+from asp_dist.cluster import jobs, ray_private, user_keys
 from asp_dist.config import Config, DataConfig, ModelConfig, from_dict
 from asp_dist.errors import UserError
 
@@ -180,15 +180,15 @@ def test_keys_are_taken_out_of_the_heads_memory_once(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    place = keys.deposit(Client())
+    place = user_keys.put(Client())
     assert KEY not in str(place)
-    monkeypatch.setattr(keys, "_internal_kv_get", memory.get)
-    monkeypatch.setattr(keys, "_internal_kv_del", memory.pop)
+    monkeypatch.setattr(ray_private, "_internal_kv_get", memory.get)
+    monkeypatch.setattr(ray_private, "_internal_kv_del", memory.pop)
     monkeypatch.delenv("WANDB_API_KEY")
     monkeypatch.setenv(*next(iter(place.items())))
-    keys.collect()
-    assert keys.here() == {"WANDB_API_KEY": KEY}
-    assert (memory, os.environ.get(keys.PLACE)) == ({}, None)
+    user_keys.take()
+    assert user_keys.from_environment() == {"WANDB_API_KEY": KEY}
+    assert (memory, os.environ.get(user_keys.PLACE)) == ({}, None)
 
 
 @pytest.mark.slow
@@ -239,8 +239,8 @@ def test_a_job_waits_for_a_cluster_that_has_just_started_with_a_mocked_server(mo
         if answer is not None:
             raise answer
 
-    jobs._submit_patiently(SimpleNamespace(submit_job=submit_job), submission_id="x")
+    jobs._submit_with_retries(SimpleNamespace(submit_job=submit_job), submission_id="x")
     assert answers == []
     answers.append(RuntimeError("status code 500: no such entrypoint"))
     with pytest.raises(RuntimeError, match="no such entrypoint"):
-        jobs._submit_patiently(SimpleNamespace(submit_job=submit_job), submission_id="x")
+        jobs._submit_with_retries(SimpleNamespace(submit_job=submit_job), submission_id="x")

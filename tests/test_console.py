@@ -11,7 +11,8 @@ import pytest
 
 from asp_dist.config import Config
 from asp_dist.pruning.names import LayerRow
-from asp_dist.tracking import Console, print_results
+from asp_dist.report import print_results
+from asp_dist.tracking import Console
 from asp_dist.tracking.console import Style, duration
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from test_data_loaders import config
 
+from asp_dist.bench.loader_speed import LoaderTiming, _summary, bench_data, print_bench, repeated
 from asp_dist.data import prepare_digits
-from asp_dist.data.base import Options
-from asp_dist.data.bench import Run, _summary, bench_data, print_bench, repeated
+from asp_dist.data.base import LoaderOptions
 from asp_dist.data.images import ImageSpec
 from asp_dist.data.info import open_data_set
 from asp_dist.errors import UserError
@@ -37,9 +37,9 @@ def test_the_summary_uses_medians_and_counts_cores(tmp_path: Path) -> None:
         "timm, validation": 100.0,
         "torchvision, validation": 100.0,
     }
-    runs = {name: [Run(rate * k, 2 / rate / k) for k in (1, 9, 1 / 9)] for name, rate in rates.items()}
-    options = Options(ImageSpec(), config(tmp_path).augment, torch.device("cpu"), threads=2)
-    result = _summary(runs, samples, options, "resnet50", appetite=1000.0)
+    runs = {name: [LoaderTiming(rate * k, 2 / rate / k) for k in (1, 9, 1 / 9)] for name, rate in rates.items()}
+    options = LoaderOptions(ImageSpec(), config(tmp_path).augment, torch.device("cpu"), threads=2)
+    result = _summary(runs, samples, options, "resnet50", required_rate=1000.0)
     assert result["sources"]["DALI, training"]["share_of_decode"] == pytest.approx(0.6)
     assert result["sources"]["DALI, validation"]["share_of_decode"] == pytest.approx(0.5)
     assert result["ratios"]["DALI / torchvision, training"] == pytest.approx(2.0)
@@ -60,7 +60,7 @@ def test_a_small_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         samples=10,
         rounds=1,
         threads=1,
-        appetite=50,
+        required_rate=50,
         progress=False,
     )
     assert all(row["images_per_second"] > 0 for row in result["sources"].values()) and len(result["sources"]) == 9

@@ -13,9 +13,9 @@ import torch
 from test_data_loaders import config, loaders, same
 
 from asp_dist.data import inspect_data, prepare_digits
+from asp_dist.data.formats.manifest import read_manifest, write_classes, write_manifest
+from asp_dist.data.formats.shards import read_shards, write_shards
 from asp_dist.data.info import open_data_set
-from asp_dist.data.manifest import read_manifest, write_classes, write_manifest
-from asp_dist.data.shards import read_shards, write_shards
 from asp_dist.errors import UserError
 
 

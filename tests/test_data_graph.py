@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 
 from asp_dist.config import AugmentConfig
-from asp_dist.data.graph import train_pipeline, val_pipeline
+from asp_dist.data.dali.pipeline import train_pipeline, val_pipeline
+from asp_dist.data.dali.readers import Reader, on_network
+from asp_dist.data.dali.resize import TorchResize
 from asp_dist.data.images import ImageSpec
-from asp_dist.data.readers import Reader, on_network
-from asp_dist.data.resize import TorchResize
 
 EVERYTHING = AugmentConfig(hflip=0.5, vflip=0.5, color_jitter=0.4, erase=0.25)
 POLICIES = ("none", "randaugment", "trivialaugment", "autoaugment")

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from asp_dist.config import AugmentConfig, DataConfig
 from asp_dist.data import DataError, Loaders, build_loaders, inspect_data, prepare_digits
-from asp_dist.data.dali import PipelineRun
-from asp_dist.data.errors import DataReadError, Suspects, examine
+from asp_dist.data.bad_files import DataReadError, Suspects, examine
+from asp_dist.data.dali.dali_loader import PipelineRun
 from asp_dist.data.images import ImageSpec
 from asp_dist.data.info import open_data_set
 from asp_dist.data.torch_loader import build_transform

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from asp_dist.data.order import Plan, eval_part, eval_steps, permutation, shard_permutation
+from asp_dist.data.order import EpochPlan, eval_part, eval_steps, permutation, shard_permutation
 from asp_dist.errors import UserError
 
 RECORDED = ([0, 3, 7, 5, 1, 2, 6, 4], [7, 1, 6, 0, 4, 2, 3, 5])
@@ -31,8 +31,8 @@ def test_shard_permutation_keeps_shards_together() -> None:
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 6])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_global_batches_do_not_depend_on_the_world_size(world_size: int, accumulate: int) -> None:
-    alone = Plan(101, 24)
-    plan = Plan(101, 24, world_size, accumulate)
+    alone = EpochPlan(101, 24)
+    plan = EpochPlan(101, 24, world_size, accumulate)
     order = plan.order(seed=5, epoch=2)
     assert order.tolist() == alone.order(seed=5, epoch=2).tolist()
     assert len(order) == 96 and len(set(order.tolist())) == 96
@@ -43,7 +43,7 @@ def test_global_batches_do_not_depend_on_the_world_size(world_size: int, accumul
 
 
 def test_part_from_a_later_step_is_the_rest() -> None:
-    plan = Plan(100, 12, world_size=2, accumulate=3)
+    plan = EpochPlan(100, 12, world_size=2, accumulate=3)
     order = plan.order(0, 0)
     whole = plan.part(order, 1)
     assert plan.part(order, 1, first_step=5).tolist() == whole[5 * 6 :].tolist()
@@ -51,7 +51,7 @@ def test_part_from_a_later_step_is_the_rest() -> None:
 
 
 def test_repeats_put_copies_of_an_image_into_one_step_far_apart() -> None:
-    plan = Plan(60, 12, world_size=3, repeats=3)
+    plan = EpochPlan(60, 12, world_size=3, repeats=3)
     order = plan.order(0, 0)
     counts = np.unique(order, return_counts=True)[1]
     assert counts.tolist() == [3] * 20
@@ -65,7 +65,7 @@ def test_repeats_put_copies_of_an_image_into_one_step_far_apart() -> None:
 @pytest.mark.parametrize(("batch", "world", "accumulate"), [(10, 3, 1), (12, 2, 4), (200, 1, 1)])
 def test_impossible_plans_are_refused(batch: int, world: int, accumulate: int) -> None:
     with pytest.raises(UserError, match=f"data.batch_size = {batch}"):
-        Plan(100, batch, world, accumulate)
+        EpochPlan(100, batch, world, accumulate)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5, 8])

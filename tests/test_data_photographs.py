@@ -11,10 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
+from asp_dist.bench.loader_sources import torchvision_transform
 from asp_dist.config import AugmentConfig, DataConfig
-from asp_dist.data.base import Options
-from asp_dist.data.bench_sources import torchvision_transform
-from asp_dist.data.dali import DaliVal
+from asp_dist.data.base import LoaderOptions
+from asp_dist.data.dali.dali_loader import DaliVal
 from asp_dist.data.images import ImageSpec
 from asp_dist.data.info import open_data_set
 from asp_dist.data.samples import Samples
@@ -41,7 +41,7 @@ def test_validation_agrees_with_torchvision_on_photographs(
     photographs: Samples, interpolation: str, crop_pct: float
 ) -> None:
     spec = ImageSpec((224, 224), crop_pct, interpolation=interpolation)
-    options = Options(spec, AugmentConfig(), torch.device("cpu"))
+    options = LoaderOptions(spec, AugmentConfig(), torch.device("cpu"))
     transform = torchvision_transform(options, train=False)
     std = torch.tensor(spec.std)[:, None, None]  # back to units of [0, 1]
     differences: list[float] = []

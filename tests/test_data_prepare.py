@@ -14,9 +14,9 @@ import pytest
 from PIL import Image
 
 from asp_dist.config import DataConfig
-from asp_dist.data.imagenet import DEVKIT, META, TRAIN, TRUTH, VAL
 from asp_dist.data.info import open_data_set
-from asp_dist.data.preparation import prepare
+from asp_dist.data.prepare.imagenet import DEVKIT, META, TRAIN, TRUTH, VAL
+from asp_dist.data.prepare.preparation import prepare
 from asp_dist.errors import UserError
 
 

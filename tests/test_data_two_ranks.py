@@ -56,7 +56,7 @@ def test_two_ranks_end_with_the_name_of_the_file(tmp_path: Path, kind: str) -> N
     )
     assert ended.returncode != 0 and "no error" not in ended.stdout
     assert f"cannot decode {bad}" in ended.stderr, ended.stderr[-2000:]
-    assert "asp_dist.data.errors.DataError: rank " in ended.stderr
+    assert "asp_dist.data.bad_files.DataError: rank " in ended.stderr
     seconds = time.time() - min(float(t) for t in re.findall(r"training since (\S+)", ended.stdout))
     print(f"{kind}: ended {seconds:.1f} s after the training began")
     assert seconds < 30

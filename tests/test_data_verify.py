@@ -14,7 +14,7 @@ from test_data_loaders import config, loaders
 
 from asp_dist.data import DataError, Loaders, prepare_digits
 from asp_dist.data.info import open_data_set
-from asp_dist.data.verification import KINDS, verify
+from asp_dist.data.prepare.verification import KINDS, verify
 from asp_dist.errors import UserError
 
 
@@ -114,8 +114,8 @@ def test_cmyk_is_decoded(root: Path) -> None:
 
 
 def test_verify_reads_shards_and_manifests(tmp_path: Path) -> None:
-    from asp_dist.data.manifest import write_manifest
-    from asp_dist.data.shards import write_shards
+    from asp_dist.data.formats.manifest import write_manifest
+    from asp_dist.data.formats.shards import write_shards
 
     root = prepare_digits(tmp_path / "digits")
     opened = open_data_set(config(root))

@@ -8,10 +8,10 @@ import pytest
 import torch
 from small_runs import digits_config, small_config
 
+from asp_dist.checkpoint.record import run_dir
 from asp_dist.data import prepare_digits
 from asp_dist.errors import UserError
-from asp_dist.training.evaluate import evaluate
-from asp_dist.training.rundir import run_dir
+from asp_dist.runs.evaluate_run import evaluate
 from asp_dist.training.trainer import train
 from asp_dist.training.world import World
 

@@ -12,14 +12,14 @@ from safetensors.torch import load_file, save_file
 from small_runs import digits_config
 from torch import nn
 
+from asp_dist.checkpoint.record import run_dir
 from asp_dist.cli import main
 from asp_dist.data import prepare_digits
 from asp_dist.export.onnx_file import export_onnx
-from asp_dist.export.sparse_file import load_sparse, pack_bits, save_sparse, unpack_bits
 from asp_dist.pruning import Budget, Pruner
-from asp_dist.training.rundir import run_dir
 from asp_dist.training.trainer import train
 from asp_dist.training.world import World
+from asp_dist.weight_files import load_sparse, pack_bits, save_sparse, unpack_bits
 
 
 def test_bits_are_packed_highest_first_and_padded_with_zeros() -> None:

@@ -19,8 +19,9 @@ from processes import environment_of, processes
 from safetensors.torch import load_file
 
 from asp_dist.data import prepare_digits
-from asp_dist.tracking import read_rows, wandb_file
-from asp_dist.tracking.wandb_run import run_id
+from asp_dist.tracking import read_rows
+from asp_dist.tracking.wandb import transaction_log
+from asp_dist.tracking.wandb.wandb_run import run_id
 
 ROOT = Path(__file__).parents[1]
 CONFIG = str(ROOT / "configs" / "quickstart.yaml")
@@ -115,9 +116,9 @@ class TestQuickstart:
 
     def test_wandb_has_every_step_under_one_run(self, quickstart: tuple[Path, str, str]) -> None:
         folder = quickstart[0]
-        files = wandb_file.run_files(folder, run_id(folder))
+        files = transaction_log.run_files(folder, run_id(folder))
         assert len(files) == 2  # before and after the interruption
-        rows = [row for file in files for row in wandb_file.history(file)]
+        rows = [row for file in files for row in transaction_log.history(file)]
         steps = [row["global_step"] for row in rows if "val/top1" in row]
         assert steps == [22 * epoch for epoch in range(1, 13)]
         logged = {key for row in rows for key in row}

@@ -24,9 +24,9 @@ from asp_dist.config import (
     TrainingConfig,
 )
 from asp_dist.errors import UserError
-from asp_dist.planning import Plan, make_plan
+from asp_dist.planning import Estimate, estimate_run
+from asp_dist.planning.plan_text import print_plan
 from asp_dist.planning.step_time import Network, StepTime, scale
-from asp_dist.planning.text import print_plan
 from asp_dist.pruning import Ramp, Select
 
 
@@ -53,7 +53,7 @@ def independent_count(name: str, size: int) -> tuple[dict[str, int], dict[str, i
 
 @pytest.mark.parametrize("name", ["resnet50", "vit_small_patch16_224", "convnext_tiny"])
 def test_parameters_and_macs_agree_with_torchs_counter(name: str) -> None:
-    plan = make_plan(config(name), measure_s=0)
+    plan = estimate_run(config(name), measure_s=0)
     weights, macs, parameters = independent_count(name, 224)
     assert {row["name"]: row["weights"] for row in plan.layers} == weights
     assert {row["name"]: row["macs"] for row in plan.layers} == macs
@@ -62,18 +62,18 @@ def test_parameters_and_macs_agree_with_torchs_counter(name: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def small() -> Plan:
+def small() -> Estimate:
     data = DataConfig(backend="synthetic", batch_size=64, input_size=32, synthetic_samples=(640, 128))
     budget, pruning = BudgetConfig(sparsity=0.8), PruningConfig(control="track", ramp=Ramp("cubic"))
     schedule, cluster = ScheduleConfig(epochs=3), ClusterConfig(num_workers=4)
     model = ModelConfig(name="cifar_resnet20")
-    return make_plan(
+    return estimate_run(
         Config(model=model, data=data, budget=budget, pruning=pruning, schedule=schedule, cluster=cluster),
         measure_s=0.5,
     )
 
 
-def test_plan_of_a_small_run(small: Plan) -> None:
+def test_plan_of_a_small_run(small: Estimate) -> None:
     assert small.schedule["steps"] == 30
     assert small.schedule["steps_per_epoch"] == 10
     dense = [(row["name"], row["reason"]) for row in small.layers if not row["pruned"]]
@@ -94,12 +94,12 @@ def test_plan_of_a_small_run(small: Plan) -> None:
 def test_the_first_and_the_last_layer_stay_dense_where_a_run_says_so() -> None:
     pruning = PruningConfig(select=Select(first=False, last=False))
     data = DataConfig(backend="synthetic", batch_size=8, input_size=64, synthetic_samples=(16, 8))
-    plan = make_plan(Config(model=ModelConfig(name="resnet18"), data=data, pruning=pruning), measure_s=0)
+    plan = estimate_run(Config(model=ModelConfig(name="resnet18"), data=data, pruning=pruning), measure_s=0)
     dense = [(row["name"], row["reason"]) for row in plan.layers if not row["pruned"]]
     assert dense == [("conv1", "the first layer"), ("fc", "the last layer")]
 
 
-def test_plan_is_json_and_text(small: Plan) -> None:
+def test_plan_is_json_and_text(small: Estimate) -> None:
     tree = json.loads(json.dumps(dataclasses.asdict(small)))
     assert [row["workers"] for row in tree["scaling"]] == [2**i for i in range(11)]
     assert tree["scaling"][7]["strong"] is None  # 64 images do not divide among 128 workers
@@ -118,7 +118,7 @@ def test_plan_is_json_and_text(small: Plan) -> None:
 
 
 def test_missing_data_is_assumed_and_said() -> None:
-    plan = make_plan(config("resnet18"), measure_s=0)
+    plan = estimate_run(config("resnet18"), measure_s=0)
     assert plan.schedule["train_images"] == 1_281_167
     assert plan.schedule["steps_per_epoch"] == 5004
     assert "ImageNet-1k's" in plan.assumptions[0]
@@ -127,15 +127,15 @@ def test_missing_data_is_assumed_and_said() -> None:
 
 def test_a_budget_that_cannot_be_met_and_an_unknown_model_are_errors() -> None:
     with pytest.raises(UserError, match="resnet50"):
-        make_plan(config("resnet5o"), measure_s=0)
+        estimate_run(config("resnet5o"), measure_s=0)
     with pytest.raises(UserError, match=r"min_density|floor|cannot"):
-        make_plan(
+        estimate_run(
             config("resnet18", budget=BudgetConfig(sparsity=0.9999), pruning=PruningConfig(min_density=0.01)),
             measure_s=0,
         )
 
 
-def test_sharded_weights_take_a_share_of_the_memory(small: Plan) -> None:
+def test_sharded_weights_take_a_share_of_the_memory(small: Estimate) -> None:
     data = DataConfig(backend="synthetic", batch_size=64, input_size=32, synthetic_samples=(640, 128))
     made = Config(
         model=ModelConfig(name="cifar_resnet20"),
@@ -143,11 +143,11 @@ def test_sharded_weights_take_a_share_of_the_memory(small: Plan) -> None:
         training=TrainingConfig(parallel="fsdp"),
         cluster=ClusterConfig(num_workers=4),
     )
-    sharded = make_plan(made, measure_s=0)
+    sharded = estimate_run(made, measure_s=0)
     assert sharded.memory["parameters"] == small.memory["parameters"] / 4
     assert sharded.memory["buffers"] == small.memory["buffers"]
     with pytest.raises(UserError, match="does not divide among 4 workers"):
-        make_plan(dataclasses.replace(made, data=dataclasses.replace(data, batch_size=66)), measure_s=0)
+        estimate_run(dataclasses.replace(made, data=dataclasses.replace(data, batch_size=66)), measure_s=0)
 
 
 def test_network_model_by_hand() -> None:

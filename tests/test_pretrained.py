@@ -18,13 +18,13 @@ from safetensors.torch import load_file, save_file
 from small_runs import small_config
 from torch import Tensor, nn
 
+from asp_dist.checkpoint.record import run_dir
 from asp_dist.config import ModelConfig
 from asp_dist.errors import UserError
-from asp_dist.export.sparse_file import save_sparse
 from asp_dist.models import build_model
-from asp_dist.training.rundir import run_dir
 from asp_dist.training.trainer import train
 from asp_dist.training.world import World
+from asp_dist.weight_files import save_sparse
 
 
 def state_of(name: str, classes: int, **kwargs: Any) -> dict[str, Tensor]:

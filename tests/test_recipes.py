@@ -16,10 +16,10 @@ import pytest
 from safetensors.torch import load_file
 
 from asp_dist import cli
+from asp_dist.checkpoint.record import run_dir
 from asp_dist.config import Config
 from asp_dist.tracking import read_layers, read_rows
 from asp_dist.training import checkpointing
-from asp_dist.training.rundir import run_dir
 from asp_dist.training.trainer import train
 from asp_dist.training.world import World
 

@@ -20,14 +20,14 @@ import torch
 from small_runs import StopAt, small_config
 from test_checkpoint import keep, manifest, save, state
 
+from asp_dist.checkpoint.format import read_checkpoint
+from asp_dist.checkpoint.manager import CheckpointManager
+from asp_dist.checkpoint.record import run_dir
+from asp_dist.checkpoint.remote_storage import RemoteStore, open_storage
 from asp_dist.config import Config, OutputConfig
 from asp_dist.errors import UserError
 from asp_dist.tracking import read_rows
-from asp_dist.training.checkpoint import read_checkpoint
 from asp_dist.training.hooks import Stopped
-from asp_dist.training.keeper import Keeper
-from asp_dist.training.remote import RemoteStore, open_storage
-from asp_dist.training.rundir import run_dir
 from asp_dist.training.trainer import train
 from asp_dist.training.world import World
 
@@ -139,61 +139,61 @@ def test_any_fsspec_file_system_will_do() -> None:
 
 @pytest.mark.slow
 def test_s3_holds_the_last_and_the_best(address: str) -> None:
-    keeper = Keeper(remote(address), "mine", keep=2)
+    manager = CheckpointManager(remote(address), "mine", keep=2)
     for step in range(1, 6):
-        keep(keeper, step, best=step == 2)
-    keeper.wait()
-    assert keeper.store.names() == ["step-00000002", "step-00000004", "step-00000005"]
-    latest = keeper.latest()
+        keep(manager, step, best=step == 2)
+    manager.wait()
+    assert manager.store.names() == ["step-00000002", "step-00000004", "step-00000005"]
+    latest = manager.latest()
     assert latest is not None and torch.equal(latest.state["model"]["fc.weight"], torch.full((3, 5), 5.0))
     # One that is damaged is set aside, with all its files.
-    system, path = keeper.store.system, keeper.store.path  # type: ignore[attr-defined]
+    system, path = manager.store.system, manager.store.path  # type: ignore[attr-defined]
     with system.open_output_stream(f"{path}/step-00000005/model.safetensors") as stream:
         stream.write(b"rotten")
-    latest = keeper.latest()
+    latest = manager.latest()
     assert latest is not None and latest.name == "step-00000004"
-    assert keeper.store.names() == ["step-00000002", "step-00000004"]
+    assert manager.store.names() == ["step-00000002", "step-00000004"]
     with system.open_input_stream(f"{path}/bad-step-00000005/model.safetensors") as stream:
         assert bytes(stream.read()) == b"rotten"
-    keep(keeper, 5)
-    keeper.wait()
-    assert keeper.store.names() == ["step-00000002", "step-00000004", "step-00000005"]
+    keep(manager, 5)
+    manager.wait()
+    assert manager.store.names() == ["step-00000002", "step-00000004", "step-00000005"]
     # One without its manifest is none, and goes.
-    stream = keeper.store.write("step-00000009", "model.safetensors")
+    stream = manager.store.write("step-00000009", "model.safetensors")
     stream.write(b"half")
     stream.close()
-    assert "step-00000009" not in keeper.store.names()
-    keeper.store.clean()
+    assert "step-00000009" not in manager.store.names()
+    manager.store.clean()
     assert "step-00000009" not in remote(address)._folders()
 
 
 @pytest.mark.slow
 def test_s3_that_fails_for_a_while(address: str, proxy: Proxy) -> None:
-    keeper = Keeper(remote(address), "mine", keep=3, waits=(0.5, 1.0, 2.0, 4.0, 8.0))
-    keep(keeper, 1)
-    keeper.wait()
+    manager = CheckpointManager(remote(address), "mine", keep=3, waits=(0.5, 1.0, 2.0, 4.0, 8.0))
+    keep(manager, 1)
+    manager.wait()
     proxy.down = True
     threading.Timer(3.0, lambda: setattr(proxy, "down", False)).start()
     start = time.monotonic()
-    keep(keeper, 2)
+    keep(manager, 2)
     assert time.monotonic() - start < 1.0, "the training waited for the store"
-    keeper.wait()
-    assert proxy.refused > 0 and keeper.store.names() == ["step-00000001", "step-00000002"]
-    assert [event.kind for event in keeper.events()] == ["checkpoint", "checkpoint"]
+    manager.wait()
+    assert proxy.refused > 0 and manager.store.names() == ["step-00000001", "step-00000002"]
+    assert [event.kind for event in manager.events()] == ["checkpoint", "checkpoint"]
 
 
 @pytest.mark.slow
 def test_s3_that_stays_away_costs_the_checkpoint_not_the_run(address: str, proxy: Proxy) -> None:
-    keeper = Keeper(remote(address), "mine", keep=3, waits=(0.1,))
+    manager = CheckpointManager(remote(address), "mine", keep=3, waits=(0.1,))
     proxy.down = True
-    keeper.save(manifest(1), state())
-    keeper.wait()
-    (event,) = keeper.events()
+    manager.save(manifest(1), state())
+    manager.wait()
+    (event,) = manager.events()
     assert event.kind == "warning" and "the checkpoint of step 1 failed" in event.message
     proxy.down = False
-    keep(keeper, 2)
-    keeper.wait()
-    assert keeper.store.names() == ["step-00000002"]
+    keep(manager, 2)
+    manager.wait()
+    assert manager.store.names() == ["step-00000002"]
 
 
 @pytest.mark.slow

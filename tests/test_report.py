@@ -13,10 +13,10 @@ import pytest
 from make_run import make_run
 
 from asp_dist.errors import UserError
-from asp_dist.tracking import write_report
-from asp_dist.tracking.curves import pareto, thinned
-from asp_dist.tracking.metrics import MetricsFile
-from asp_dist.tracking.weights import BINS, histograms
+from asp_dist.report import write_report
+from asp_dist.report.curves import pareto, thinned
+from asp_dist.report.histograms import BINS, histograms
+from asp_dist.tracking.rows import MetricsFile
 
 TITLES = {
     *("Accuracy", "Sparsity", "Loss", "Accuracy against sparsity", "Multiply-adds", "Learning rates"),

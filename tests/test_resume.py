@@ -16,14 +16,14 @@ import torch
 from safetensors.torch import load_file
 from small_runs import SignalAt, StopAt, digits_config, small_config, torchrun, with_changes
 
+from asp_dist.checkpoint.format import read_checkpoint
+from asp_dist.checkpoint.record import run_dir
+from asp_dist.checkpoint.storage import LocalStore
 from asp_dist.config import Config
 from asp_dist.data import prepare_digits
 from asp_dist.errors import UserError
 from asp_dist.tracking import read_rows
-from asp_dist.training.checkpoint import read_checkpoint
 from asp_dist.training.hooks import Stopped
-from asp_dist.training.rundir import run_dir
-from asp_dist.training.store import LocalStore
 from asp_dist.training.trainer import train
 from asp_dist.training.world import World
 

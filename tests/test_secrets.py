@@ -9,9 +9,9 @@ import pytest
 import ray.train
 
 from asp_dist import cli
-from asp_dist.cluster import keys
-from asp_dist.cluster.control import Control
-from asp_dist.cluster.worker import Job, work
+from asp_dist.cluster import ray_private, user_keys
+from asp_dist.cluster.launch_files import LaunchFiles
+from asp_dist.cluster.worker import Job, train_loop_per_worker
 from asp_dist.config import Config, DataConfig, OutputConfig
 from asp_dist.errors import UserError
 
@@ -62,7 +62,7 @@ def test_an_address_without_credentials_is_taken(address: str) -> None:
 
 
 def environment(monkeypatch: pytest.MonkeyPatch, **values: str) -> None:
-    for name in (*keys.KEYS, *keys.WITH_WANDB, "WANDB_CONFIG_DIR", keys.PLACE):
+    for name in (*user_keys.KEYS, *user_keys.WITH_WANDB, "WANDB_CONFIG_DIR", user_keys.PLACE):
         monkeypatch.delenv(name, raising=False)
     for name, value in values.items():
         monkeypatch.setenv(name, value)
@@ -78,16 +78,16 @@ def test_wandbs_server_and_mode_go_with_its_key(monkeypatch: pytest.MonkeyPatch,
         "WANDB_ENTITY": "us",
     }
     environment(monkeypatch, WANDB_CONFIG_DIR=str(tmp_path), **given)
-    assert keys.here() == given
+    assert user_keys.from_environment() == given
     environment(monkeypatch, WANDB_CONFIG_DIR=str(tmp_path), WANDB_API_KEY=SECRET)
-    assert keys.here() == {"WANDB_API_KEY": SECRET}
+    assert user_keys.from_environment() == {"WANDB_API_KEY": SECRET}
     (tmp_path / "settings").write_text("[default]\nbase_url = http://mine:8080\n")  # as `wandb login --host` writes it
-    assert keys.here() == {"WANDB_API_KEY": SECRET, "WANDB_BASE_URL": "http://mine:8080"}
+    assert user_keys.from_environment() == {"WANDB_API_KEY": SECRET, "WANDB_BASE_URL": "http://mine:8080"}
     (tmp_path / "wandb").mkdir()
     (tmp_path / "wandb" / "settings").write_text("[default]\nbase_url = http://nearer:8080\n")
-    assert keys.here()["WANDB_BASE_URL"] == "http://nearer:8080"
+    assert user_keys.from_environment()["WANDB_BASE_URL"] == "http://nearer:8080"
     (tmp_path / "settings").write_text("no settings")
-    assert "WANDB_API_KEY" in keys.here()
+    assert "WANDB_API_KEY" in user_keys.from_environment()
 
 
 def test_a_submitted_job_finds_the_server_with_the_key_with_a_mocked_head(
@@ -105,13 +105,17 @@ def test_a_submitted_job_finds_the_server_with_the_key_with_a_mocked_head(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "settings").write_text("[default]\nbase_url = http://mine:8080\n")
     environment(monkeypatch, WANDB_CONFIG_DIR=str(tmp_path), WANDB_API_KEY=SECRET, WANDB_MODE="offline")
-    place = keys.deposit(Head())
+    place = user_keys.put(Head())
     assert SECRET not in str(place)
     environment(monkeypatch, **place)
-    monkeypatch.setattr(keys, "_internal_kv_get", Head.memory.get)
-    monkeypatch.setattr(keys, "_internal_kv_del", Head.memory.pop)
-    keys.collect()
-    assert keys.here() == {"WANDB_API_KEY": SECRET, "WANDB_MODE": "offline", "WANDB_BASE_URL": "http://mine:8080"}
+    monkeypatch.setattr(ray_private, "_internal_kv_get", Head.memory.get)
+    monkeypatch.setattr(ray_private, "_internal_kv_del", Head.memory.pop)
+    user_keys.take()
+    assert user_keys.from_environment() == {
+        "WANDB_API_KEY": SECRET,
+        "WANDB_MODE": "offline",
+        "WANDB_BASE_URL": "http://mine:8080",
+    }
 
 
 def test_a_worker_sets_what_it_is_given_with_a_mocked_context(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -127,7 +131,7 @@ def test_a_worker_sets_what_it_is_given_with_a_mocked_context(monkeypatch: pytes
     import os
 
     environment(monkeypatch, WANDB_API_KEY=SECRET, WANDB_BASE_URL="http://mine:8080", WANDB_MODE="disabled")
-    given = keys.here()
+    given = user_keys.from_environment()
     environment(monkeypatch)
     monkeypatch.setattr(ray.train, "get_context", Context)
     monkeypatch.setattr("asp_dist.cluster.worker.get_device", lambda: None)
@@ -140,7 +144,7 @@ def test_a_worker_sets_what_it_is_given_with_a_mocked_context(monkeypatch: pytes
     with monkeypatch.context() as patch:
         for name in given:
             patch.setenv(name, "")  # restored at the end
-        work(Job(Config(), Control.begin(tmp_path), train, given))
+        train_loop_per_worker(Job(Config(), LaunchFiles.begin(tmp_path), train, given))
     assert seen == given
 
 

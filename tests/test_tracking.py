@@ -22,12 +22,13 @@ import wandb
 from asp_dist.config import Config, TrackingConfig
 from asp_dist.errors import UserError
 from asp_dist.pruning.names import LayerRow
-from asp_dist.tracking import Tail, build_tracker, read_layers, read_rows, wandb_file
-from asp_dist.tracking.layers import LayerHistory, read_history
-from asp_dist.tracking.metrics import MetricsFile
-from asp_dist.tracking.wandb_mode import api_key
-from asp_dist.tracking.wandb_run import run_id, sync_line
-from asp_dist.tracking.watch import Heartbeat
+from asp_dist.tracking import Tail, build_tracker, read_layers, read_rows
+from asp_dist.tracking.alerts import Heartbeat
+from asp_dist.tracking.layer_rows import LayerHistory, read_history
+from asp_dist.tracking.rows import MetricsFile
+from asp_dist.tracking.wandb import transaction_log
+from asp_dist.tracking.wandb.login import api_key
+from asp_dist.tracking.wandb.wandb_run import run_id, sync_line
 
 KEY = "0123456789" * 4
 TRAIN = {"kind": "train", "epoch": 0.5, "train/loss": 1.5, "train/lr": 0.1, "train/images_per_second": 100.0}
@@ -63,8 +64,8 @@ def layer_rows(number: int, sparsity: float = 0.9) -> list[LayerRow]:
 
 
 def history(run_dir: Path) -> list[dict[str, Any]]:
-    files = wandb_file.run_files(run_dir, run_id(run_dir))
-    return [row for path in files for row in wandb_file.history(path)]
+    files = transaction_log.run_files(run_dir, run_id(run_dir))
+    return [row for path in files for row in transaction_log.history(path)]
 
 
 @pytest.fixture(autouse=True)
@@ -189,14 +190,16 @@ def test_offline_file_holds_every_series_on_its_step_axis(tmp_path: Path) -> Non
     scalars = {key for row in rows for key, value in row.items() if isinstance(value, int | float)}
     assert len(scalars) <= 40, scalars
     assert len({key for row in rows for key in row}) <= 45
-    kinds = {record.WhichOneof("record_type") for path in wandb_files(tmp_path) for record in wandb_file.records(path)}
+    kinds = {
+        record.WhichOneof("record_type") for path in wandb_files(tmp_path) for record in transaction_log.records(path)
+    }
     assert {"run", "summary", "artifact", "exit"} <= kinds
     assert read_history(tmp_path).steps == [20, 40]
     assert len(read_layers(tmp_path)) == 301
 
 
 def wandb_files(run_dir: Path) -> list[Path]:
-    return wandb_file.run_files(run_dir, run_id(run_dir))
+    return transaction_log.run_files(run_dir, run_id(run_dir))
 
 
 def test_more_scalars_than_the_limit_stay_in_the_file_alone(tmp_path: Path) -> None:
@@ -350,7 +353,7 @@ def test_alerts_on_bad_loss_stalled_input_and_missed_budget(tmp_path: Path) -> N
     alerts = [
         record.alert.title
         for path in wandb_files(tmp_path)
-        for record in wandb_file.records(path)
+        for record in transaction_log.records(path)
         if record.WhichOneof("record_type") == "alert"
     ]
     assert alerts == ["Loss is not finite", "Input is stalled", "Budget missed"]

@@ -10,7 +10,7 @@ import pytest
 from make_run import make_run
 
 from asp_dist.errors import UserError
-from asp_dist.tracking.compare import print_comparison
+from asp_dist.report.comparison import print_comparison
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 import wandb
 
 from asp_dist.errors import UserError
-from asp_dist.tracking.dashboard import LAYER_PANELS, SECTIONS, build_workspace, create_dashboard, serialised
+from asp_dist.tracking.wandb.workspace import LAYER_PANELS, SECTIONS, build_workspace, create_dashboard, serialised
 
 pytest.importorskip("wandb_workspaces")
 # wandb-workspaces itself still uses pydantic's first interface.

@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from asp_dist.tracking import read_layers, read_rows, wandb_file
-from asp_dist.tracking.wandb_run import run_id
+from asp_dist.tracking import read_layers, read_rows
+from asp_dist.tracking.wandb import transaction_log
+from asp_dist.tracking.wandb.wandb_run import run_id
 
 PROMISED = {
     *("train/loss", "train/lr", "train/images_per_second", "val/loss", "val/top1", "val/top5"),
@@ -58,7 +59,7 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 def wandb_rows(run: Path) -> list[dict[str, Any]]:
-    return [row for path in wandb_file.run_files(run, run_id(run)) for row in wandb_file.history(path)]
+    return [row for path in transaction_log.run_files(run, run_id(run)) for row in transaction_log.history(path)]
 
 
 def check_files(run: Path) -> None:
@@ -88,9 +89,9 @@ def test_wandb_file_of_a_run_holds_every_promised_series(tmp_path: Path) -> None
     assert done.stderr.count("wandb sync") == 1  # said once while it runs; the final table says it again
     run = tmp_path / "run"
     check_files(run)
-    (path,) = wandb_file.run_files(run, run_id(run))
+    (path,) = transaction_log.run_files(run, run_id(run))
     records: dict[str, list[Any]] = {}
-    for record in wandb_file.records(path):
+    for record in transaction_log.records(path):
         records.setdefault(str(record.WhichOneof("record_type")), []).append(record)
     artifacts = {record.artifact.type for record in records["artifact"]}
     assert {"config", "model", "layers"} <= artifacts
@@ -125,5 +126,5 @@ def test_a_killed_run_goes_on_in_the_same_wandb_run(tmp_path: Path) -> None:
     done = subprocess.run(command(tmp_path), env=environment(tmp_path), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert run_id(run) == first
-    assert len(wandb_file.run_files(run, first)) == 2
+    assert len(transaction_log.run_files(run, first)) == 2
     check_files(run)

@@ -16,6 +16,7 @@ import yaml
 from small_runs import StopAt, small_config, with_changes
 from torch import Tensor, nn
 
+from asp_dist.checkpoint.record import load_config, run_dir, with_absolute_paths
 from asp_dist.config import Config, OptimizerConfig, ScheduleConfig, TrainingConfig
 from asp_dist.errors import UserError
 from asp_dist.tracking import read_rows
@@ -25,10 +26,9 @@ from asp_dist.training.evaluation import evaluate_model
 from asp_dist.training.health import BadNumbers
 from asp_dist.training.hooks import Hooks, Stopped
 from asp_dist.training.preflight import preflight
-from asp_dist.training.results import validate
 from asp_dist.training.run import Run, build_run
-from asp_dist.training.rundir import load_config, run_dir, with_absolute_paths
 from asp_dist.training.trainer import train
+from asp_dist.training.validation import validate
 from asp_dist.training.world import World
 
 
@@ -46,9 +46,9 @@ def events(config: Config, name: str) -> list[str]:
 
 
 def make_run(config: Config) -> Run:
-    from asp_dist.training.checkpointing import build_keeper
+    from asp_dist.training.checkpointing import build_checkpoint_manager
 
-    return build_run(config, World(), Hooks(), build_keeper(config, "x"), "x")
+    return build_run(config, World(), Hooks(), build_checkpoint_manager(config, "x"), "x")
 
 
 # The parts.
@@ -183,7 +183,7 @@ def test_accumulation_is_the_whole_batch(tmp_path: Path) -> None:
         with torch.no_grad():
             linear.weight.fill_(0.01)
             linear.bias.zero_()
-        run.model = run.network = model
+        run.model = run.ddp_model = model
         run.optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         run.scheduler = build_scheduler(config.schedule, run.optimizer, 4)
         generator = torch.Generator().manual_seed(0)

@@ -16,7 +16,7 @@ import torch
 from small_runs import StopAt, small_config
 from asp_dist.training import trainer
 from asp_dist.training.hooks import Stopped
-from asp_dist.training.rundir import run_dir
+from asp_dist.checkpoint.record import run_dir
 from asp_dist.training.trainer import train
 from asp_dist.training.world import init_world
 

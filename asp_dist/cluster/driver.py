@@ -7,29 +7,27 @@ import logging
 import math
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
-from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
-from asp_dist.cluster import keys
-from asp_dist.cluster.control import Control
+from asp_dist.checkpoint.record import run_dir, with_absolute_paths
+from asp_dist.cluster import user_keys
 from asp_dist.cluster.failures import ClusterError, FailureLog, describe, event, fatal_error, one_line
+from asp_dist.cluster.launch_files import LaunchFiles
+from asp_dist.cluster.ray_private import ClusterTrainer
 from asp_dist.cluster.resources import Resources, check_storage, plan_resources, this_machine
-from asp_dist.cluster.scaling import DividingScalingPolicy
 from asp_dist.cluster.session import address_of, ray_session
 from asp_dist.cluster.signals import Signals
-from asp_dist.cluster.worker import ClusterTorchConfig, Job, TrainFunction, work
+from asp_dist.cluster.worker import ClusterTorchConfig, Job, TrainFunction, train_loop_per_worker
 from asp_dist.config import Config
 from asp_dist.tracking import Tail
 from asp_dist.training.hooks import Stopped
-from asp_dist.training.rundir import run_dir, with_absolute_paths
 
 OnRow = Callable[[dict[str, Any]], None]
 POLL_S = 0.3
@@ -70,36 +68,6 @@ def run(config: Config, on_row: OnRow | None = None, *, train: TrainFunction | N
                 launch.on_row(event("Ray Train's controller died; starting another", launch.step))
 
 
-class ClusterTrainer(TorchTrainer):
-    """Ray Train's trainer, which leaves SIGINT to this project and can be ended from another thread.
-
-    It also leaves Ray Data out, which would cost an actor and a heavy import in each worker.
-
-    Attributes:
-        sizes: the sizes that an elastic group may have; empty: a group of fixed size.
-    """
-
-    _controller: Any = None
-    sizes: Sequence[int] = ()
-
-    def _create_default_callbacks(self) -> list[Any]:
-        return [c for c in super()._create_default_callbacks() if not isinstance(c, DatasetsCallback)]
-
-    def _initialize_and_run_controller(self, **arguments: Any) -> Any:
-        if self.sizes:
-            arguments["scaling_policy"] = DividingScalingPolicy(self.scaling_config, self.sizes)
-        return super()._initialize_and_run_controller(**arguments)
-
-    def _register_sigint_handler(self, controller: Any) -> None:
-        self._controller = controller
-
-    def end(self) -> None:
-        """Kill the controller, and the workers with it: `fit` raises. Does nothing outside of `fit`."""
-        controller, self._controller = self._controller, None
-        if controller is not None:
-            ray.kill(controller)
-
-
 class _Launch:
     """A run on Ray, for as many launches of Ray Train as it takes."""
 
@@ -115,14 +83,14 @@ class _Launch:
         """Connect to Ray, check that the run fits, train, and return rank 0's summary."""
         with ExitStack() as after_ray, ray_session(self.config.cluster) as local:
             self.signals.install()  # ray.init has set a SIGTERM handler of its own
-            keys.collect()
+            user_keys.take()
             needed = plan_resources(self.config, ray.nodes(), local=local)
-            control = Control.begin(run_dir(self.config))
-            after_ray.callback(control.end)
-            check_storage(self.config, control, ray.nodes(), needed)
-            self.signals.connect(control)
+            files = LaunchFiles.begin(run_dir(self.config))
+            after_ray.callback(files.end)
+            check_storage(self.config, files, ray.nodes(), needed)
+            self.signals.connect(files)
             self._say_sizes(needed)
-            outcome = self._fit(control, needed)
+            outcome = self._fit(files, needed)
         if "stopped" in outcome:
             raise Stopped(*outcome["stopped"])
         if "fatal" in outcome:
@@ -140,24 +108,22 @@ class _Launch:
             text = f"elastic group of {sizes} workers; data.batch_size = {batch} cannot be shared by {others}"
             self.on_row({**event(text, self.step), "event": "workers"})
 
-    def _fit(self, control: Control, needed: Resources) -> dict[str, Any]:
+    def _fit(self, files: LaunchFiles, needed: Resources) -> dict[str, Any]:
         """Run Ray Train once; another thread shows what happens meanwhile."""
         logging.getLogger("ray.train").setLevel(logging.ERROR)
         logging.getLogger("ray.tune").setLevel(logging.ERROR)
-        trainer = self._trainer(control, needed)
+        trainer = self._trainer(files, needed)
         tails = (
-            Tail(control.run_dir / "metrics.jsonl", from_end=True),
-            Tail(control.folder / "failures", from_end=True),
+            Tail(files.run_dir / "metrics.jsonl", from_end=True),
+            Tail(files.folder / "failures", from_end=True),
         )
         done = threading.Event()
-        watcher = threading.Thread(
-            target=self._watch, args=(control, trainer, done, *tails), name="watcher", daemon=True
-        )
+        watcher = threading.Thread(target=self._watch, args=(files, trainer, done, *tails), name="watcher", daemon=True)
         watcher.start()
         try:
             result = trainer.fit()
         except (RayError, RuntimeError, TrainingFailedError) as error:
-            fatal = control.fatal()
+            fatal = files.fatal()
             if fatal is not None:
                 raise fatal_error(fatal, self.log) from error
             raise self._explain(error) from error
@@ -168,7 +134,7 @@ class _Launch:
         return outcome
 
     def _watch(
-        self, control: Control, trainer: ClusterTrainer, done: threading.Event, metrics: Tail, failures: Tail
+        self, files: LaunchFiles, trainer: ClusterTrainer, done: threading.Event, metrics: Tail, failures: Tail
     ) -> None:
         """Show new rows until `done`; end Ray Train at an error that a restart would only repeat."""
         while True:
@@ -180,16 +146,16 @@ class _Launch:
                 self.on_row({**row, "step": self.step})
             if last:
                 return
-            if control.fatal() is not None:
+            if files.fatal() is not None:
                 trainer.end()
 
-    def _trainer(self, control: Control, needed: Resources) -> ClusterTrainer:
+    def _trainer(self, files: LaunchFiles, needed: Resources) -> ClusterTrainer:
         cluster = self.config.cluster
         environment = {k: v for k, v in os.environ.items() if k.startswith(PASSED_ON)}
         elastic = cluster.min_workers is not None
         trainer = ClusterTrainer(
-            work,
-            train_loop_config=Job(self.config, control, self.train, keys.here()),  # handed to `work` as it is
+            train_loop_per_worker,
+            train_loop_config=Job(self.config, files, self.train, user_keys.from_environment()),
             torch_config=ClusterTorchConfig(
                 backend="cpu:gloo,cuda:nccl" if needed.gpus else "gloo", timeout_s=math.ceil(cluster.timeout_s)
             ),
@@ -199,14 +165,14 @@ class _Launch:
                 resources_per_worker=needed.per_worker(),
             ),
             run_config=RunConfig(
-                name=f"ray-{control.launch}",
-                storage_path=str(control.folder),
+                name=f"ray-{files.launch}",
+                storage_path=str(files.folder),
                 failure_config=FailureConfig(
                     max_failures=cluster.max_failures,
                     # A group that cannot start waits for a node to come back: ten minutes, or as long as a collective would.
                     controller_failure_limit=max(10, math.ceil(cluster.timeout_s / GROUP_START_S)),
                 ),
-                callbacks=[FailureLog(control)],
+                callbacks=[FailureLog(files)],
                 worker_runtime_env={"env_vars": environment} if environment else None,
             ),
         )

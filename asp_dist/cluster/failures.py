@@ -10,7 +10,7 @@ from typing import Any
 from ray.exceptions import ActorDiedError, OutOfMemoryError, RayActorError, RayError
 from ray.train import UserCallback
 
-from asp_dist.cluster.control import Control
+from asp_dist.cluster.launch_files import LaunchFiles
 from asp_dist.errors import UserError
 
 # What the other ranks say when one has died.
@@ -26,14 +26,14 @@ class ClusterError(RuntimeError):
 
 
 class FailureLog(UserCallback):
-    """Writes a line for each failed worker group to the control files. Lives in Ray Train's controller."""
+    """Writes a line for each failed worker group to the launch files. Lives in Ray Train's controller."""
 
-    def __init__(self, control: Control) -> None:
-        self._control = control
+    def __init__(self, files: LaunchFiles) -> None:
+        self._files = files
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Append the failure's cause."""
-        with (self._control.folder / "failures").open("a") as file:
+        with (self._files.folder / "failures").open("a") as file:
             file.write(json.dumps(event(describe(worker_exceptions))) + "\n")
 
 

@@ -21,11 +21,11 @@ from ray.exceptions import RayError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 import asp_dist
-from asp_dist.cluster import keys
+from asp_dist.cluster import user_keys
 from asp_dist.config import Config, to_dict
 from asp_dist.errors import UserError, check
 
-# Handed from this process's environment to the job's. Keys go another way: see `asp_dist.cluster.keys`.
+# Handed from this process's environment to the job's. Keys go another way: see `asp_dist.cluster.user_keys`.
 PASSED_ON = ("WANDB_BASE_URL", "WANDB_ENTITY", "WANDB_PROJECT", "WANDB_MODE", "HF_HUB_OFFLINE", "NCCL_SOCKET_IFNAME")
 EXIT_FAILURE, EXIT_STOPPED = 1, 75
 POLL_S = 1.0
@@ -97,9 +97,9 @@ def submit(
     logging.getLogger("ray.dashboard").setLevel(logging.WARNING)
     logging.getLogger("ray._private.runtime_env").setLevel(logging.WARNING)
     job = f"{config.name}-{uuid.uuid4().hex[:8]}"
-    variables = {name: os.environ[name] for name in PASSED_ON if name in os.environ} | keys.deposit(client)
+    variables = {name: os.environ[name] for name in PASSED_ON if name in os.environ} | user_keys.put(client)
     with _package(on_cluster(config, root or Path.cwd())) as folder:
-        _submit_patiently(
+        _submit_with_retries(
             client,
             entrypoint="python -m asp_dist train job.yaml",
             submission_id=job,
@@ -113,7 +113,7 @@ def submit(
     return exit_code(client, job, out)
 
 
-def _submit_patiently(client: JobSubmissionClient, **job: Any) -> None:
+def _submit_with_retries(client: JobSubmissionClient, **job: Any) -> None:
     """Submit; wait for a cluster that has just started, whose server answers before a node can take a job."""
     deadline = time.monotonic() + START_WAIT_S
     while True:

@@ -9,13 +9,13 @@ from typing import Any
 
 import ray
 import torch
-from ray._private.utils import get_num_cpus
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from asp_dist.cluster.control import Control
+from asp_dist.cluster.launch_files import LaunchFiles
+from asp_dist.cluster.ray_private import get_num_cpus
 from asp_dist.config import Config
 from asp_dist.errors import UserError, check
-from asp_dist.training.shares import group_sizes
+from asp_dist.training.world import group_sizes
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def _room(node: dict[str, float], needed: Resources) -> int:
     return math.floor(min(shares) + 1e-9)
 
 
-def check_storage(config: Config, control: Control, nodes: list[dict[str, Any]], needed: Resources) -> None:
+def check_storage(config: Config, files: LaunchFiles, nodes: list[dict[str, Any]], needed: Resources) -> None:
     """Check that every node that may hold a worker sees the data and the output folder.
 
     Raises:
@@ -106,7 +106,7 @@ def check_storage(config: Config, control: Control, nodes: list[dict[str, Any]],
     pending = {
         node["NodeManagerAddress"]: look.options(
             scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        ).remote(data, control)
+        ).remote(data, files)
         for node in usable
         if node["NodeID"] != here
     }
@@ -119,10 +119,10 @@ def check_storage(config: Config, control: Control, nodes: list[dict[str, Any]],
         )
 
 
-def _missing_folders(data: str | None, control: Control) -> list[str]:
+def _missing_folders(data: str | None, files: LaunchFiles) -> list[str]:
     missing = []
     if data is not None and not Path(data).exists():
         missing.append(f"the data folder {data}")
-    if not control.visible():
-        missing.append(f"the output folder {control.run_dir}")
+    if not files.visible():
+        missing.append(f"the output folder {files.run_dir}")
     return missing

@@ -15,8 +15,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import ray
-from ray._private import services, worker
 
+from asp_dist.cluster.ray_private import find_cluster, quiet_raylet
 from asp_dist.config import ClusterConfig
 from asp_dist.errors import UserError
 
@@ -51,14 +51,14 @@ def ray_session(cluster: ClusterConfig) -> Iterator[bool]:
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    _quiet_raylet()
+    quiet_raylet()
     address = address_of(cluster)
     if address == "local":
         with _local_cluster():
             yield True
         return
     try:
-        _knock(address)
+        _check_port(address)
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -116,24 +116,16 @@ def _start(folder: str) -> None:
             logger.warning("Ray did not start (%s), trying again", error)
 
 
-def _knock(address: str) -> None:
+def _check_port(address: str) -> None:
     """Raise OSError unless something listens at ``HOST:PORT`` (``auto``: at the cluster started here last).
 
     ``ray.init`` alone would try for more than ten minutes.
     """
-    found = services.canonicalize_bootstrap_address(address)
+    found = find_cluster(address)
     if found is None:
         raise ConnectionError("none was started on this machine")
     host, _, port = found.rpartition(":")
     socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
-
-
-def _quiet_raylet() -> None:
-    """Send the raylet's messages about dead workers to the log: they pass ``log_to_driver=False`` by.
-
-    The driver says the same in one line of its own.
-    """
-    worker.print_to_stdstream = lambda data, ignore_prefix: logger.debug("%s", "\n".join(data["lines"]))
 
 
 def _processes() -> dict[int, tuple[int, str]]:

@@ -8,7 +8,7 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-from asp_dist.cluster.control import Control
+from asp_dist.cluster.launch_files import LaunchFiles
 
 
 class Signals:
@@ -16,7 +16,7 @@ class Signals:
 
     def __init__(self) -> None:
         self._reason: str | None = None
-        self._control: Control | None = None
+        self._files: LaunchFiles | None = None
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Signals:
@@ -31,11 +31,11 @@ class Signals:
         for number in self._before:
             signal.signal(number, self._handle)
 
-    def connect(self, control: Control) -> None:
+    def connect(self, files: LaunchFiles) -> None:
         """Send requests to the workers from now on, the ones that came already included."""
-        self._control = control
+        self._files = files
         if self._reason is not None:
-            control.request_stop(self._reason)
+            files.request_stop(self._reason)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -48,6 +48,6 @@ class Signals:
         if name == self._reason == "SIGINT":
             raise KeyboardInterrupt
         self._reason = name
-        if self._control is not None:
-            self._control.request_stop(name)
+        if self._files is not None:
+            self._files.request_stop(name)
         print(f"{name}: stopping behind a checkpoint; a second SIGINT stops at once", file=sys.stderr, flush=True)

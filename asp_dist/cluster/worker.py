@@ -19,9 +19,9 @@ import ray
 import ray.train
 import torch
 from ray.train.torch import TorchConfig, get_device
-from ray.train.torch.config import _TorchBackend
 
-from asp_dist.cluster.control import Control
+from asp_dist.cluster.launch_files import LaunchFiles
+from asp_dist.cluster.ray_private import TorchBackend, preempted
 from asp_dist.config import Config
 from asp_dist.errors import UserError
 from asp_dist.training.hooks import Hooks, Stopped
@@ -40,13 +40,13 @@ class Job:
 
     Args:
         config: the run, with absolute paths.
-        control: the launch's control files.
+        files: the launch's launch files.
         train: the train function; None: the project's own trainer.
         keys: the user's keys, as environment variables.
     """
 
     config: Config
-    control: Control
+    files: LaunchFiles
     train: TrainFunction | None = None
     keys: dict[str, str] = field(default_factory=dict, repr=False)
 
@@ -54,8 +54,8 @@ class Job:
 class RayHooks(Hooks):
     """Reports to Ray Train's controller, and polls the driver's stop file and Ray's preemption notices."""
 
-    def __init__(self, control: Control) -> None:
-        self._control = control
+    def __init__(self, files: LaunchFiles) -> None:
+        self._files = files
         self._next_poll = 0.0
         self._reason: str | None = None
 
@@ -64,45 +64,51 @@ class RayHooks(Hooks):
         plain = {k: v if isinstance(v, (str, bool)) else float(v) for k, v in metrics.items() if v is not None}
         ray.train.report(plain)
 
+    def finished(self, run_dir: Path) -> None:
+        """Write the report."""
+        from asp_dist.report import try_report  # not before: the driver's process has no need of it
+
+        try_report(run_dir)
+
     def stop_requested(self) -> str | None:
         """The driver's reason, or ``preemption``; looked up twice a second at most."""
         now = time.monotonic()
         if self._reason is None and now >= self._next_poll:
             self._next_poll = now + POLL_S
-            self._reason = self._control.stop_reason() or ("preemption" if _preempted() else None)
+            self._reason = self._files.stop_reason() or ("preemption" if preempted() else None)
         return self._reason
 
 
-def work(job: Job) -> dict[str, Any]:
+def train_loop_per_worker(job: Job) -> dict[str, Any]:
     """Train on this rank. Returns ``{"summary": ...}`` or ``{"stopped": [reason, step]}``.
 
     Raises:
         UserError: a mistake that a restart would repeat; recorded for the driver as well.
         Exception: whatever the trainer raises; Ray Train restarts the group.
     """
-    if not job.control.visible():
+    if not job.files.visible():
         raise UserError(
-            f"node {socket.gethostname()} does not see the output folder {job.control.run_dir}: "
+            f"node {socket.gethostname()} does not see the output folder {job.files.run_dir}: "
             "set output.dir to a folder that all nodes mount"
         )
-    fatal = job.control.fatal()
+    fatal = job.files.fatal()
     if fatal is not None:  # a restarted group: the driver ends the run
         return {"fatal": fatal}
     os.environ.update(job.keys)
     world = _world(job.config)
     with ExitStack() as stack:
-        stack.enter_context(_log_file(job.control.run_dir, world.rank))
+        stack.enter_context(_log_file(job.files.run_dir, world.rank))
         try:
             if world.is_main:
-                stack.enter_context(job.control.lock())
+                stack.enter_context(job.files.lock())
             train = job.train or _default_train()
-            return {"summary": train(job.config, world, RayHooks(job.control))}
+            return {"summary": train(job.config, world, RayHooks(job.files))}
         except Stopped as stopped:
             if stopped.reason == "preemption":
                 raise  # the controller restarts the group on the nodes that stay
             return {"stopped": [stopped.reason, stopped.step]}
         except FATAL as error:
-            job.control.write_fatal(
+            job.files.write_fatal(
                 {
                     "rank": world.rank,
                     "node": socket.gethostname(),
@@ -125,20 +131,6 @@ def _world(config: Config) -> World:
     context = ray.train.get_context()
     device = get_device() if config.training.device != "cpu" else torch.device("cpu")
     return World(context.get_world_rank(), context.get_local_rank(), context.get_world_size(), device)
-
-
-def _preempted() -> bool:
-    """Whether Ray announced that one of the group's nodes goes away.
-
-    ``ray.train.get_preemption_info`` is a barrier of all workers, too dear for every step; this reads what the
-    watcher left in this process. The trainer makes the ranks agree.
-    """
-    try:
-        from ray.train.v2._internal.execution.context import get_train_context
-
-        return get_train_context().preemption_context.preemption_info is not None
-    except (ImportError, AttributeError, RuntimeError):
-        return False
 
 
 @contextmanager
@@ -172,7 +164,7 @@ class ClusterTorchConfig(TorchConfig):
         return _ClusterBackend
 
 
-class _ClusterBackend(_TorchBackend):
+class _ClusterBackend(TorchBackend):
     def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
         worker_group.execute(use_cluster_interface)
         super().on_start(worker_group, backend_config)

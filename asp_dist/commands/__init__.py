@@ -5,41 +5,21 @@ Heavy packages are imported where they are used, so that ``--help`` and mistakes
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
-from jsonargparse import ArgumentParser
-
-from asp_dist.commands import bench, data, plan, runs, train
-
-
-@dataclass(frozen=True)
-class Command:
-    """One ``asp-dist`` command.
-
-    Attributes:
-        help: one line on what it does.
-        add_arguments: adds its own options to a parser.
-        run: called with the parsed options, and with the configuration first if it is configured; returns the exit code.
-        configured: its first argument is a configuration, whose fields are options too.
-    """
-
-    help: str
-    add_arguments: Callable[[ArgumentParser], None]
-    run: Callable[..., int]
-    configured: bool = False
-
+from asp_dist.commands import bench, compare, dashboard, evaluate, export, plan, prepare, report, submit, train, verify
+from asp_dist.commands.command import Command
 
 COMMANDS: dict[str, Command] = {
-    "train": Command("Train and prune a model as a configuration says.", train.add_train_arguments, train.train, True),
-    "plan": Command("Say what a run will prune, need and take.", plan.add_plan_arguments, plan.plan, True),
-    "submit": Command("Submit a run to a Ray cluster as a job.", plan.add_submit_arguments, plan.submit, True),
-    "evaluate": Command("Measure a run's model again, from its file.", runs.add_evaluate_arguments, runs.evaluate),
-    "export": Command("Write a run's model as a sparse file or ONNX.", runs.add_export_arguments, runs.export),
-    "report": Command("Write one self-contained HTML report of runs.", runs.add_report_arguments, runs.report),
-    "compare": Command("Print the results of several runs.", runs.add_compare_arguments, runs.compare),
-    "dashboard": Command("Create a project's wandb dashboard.", runs.add_dashboard_arguments, runs.dashboard),
-    "prepare": Command("Write a data set in the form that training reads.", data.add_prepare_arguments, data.prepare),
-    "verify": Command("Find a data set's bad files.", data.add_verify_arguments, data.verify),
-    "bench": Command("Measure the engine's overhead, or the loaders.", bench.add_bench_arguments, bench.bench),
+    "train": Command("Train and prune a model.", train.add_arguments, train.run, configured=True),
+    "plan": Command(
+        "Estimate what a run will prune and what it will cost.", plan.add_arguments, plan.run, configured=True
+    ),
+    "submit": Command("Submit a run to a Ray cluster as a job.", submit.add_arguments, submit.run, configured=True),
+    "evaluate": Command("Re-evaluate a run's saved model.", evaluate.add_arguments, evaluate.run),
+    "export": Command("Write a run's model as a sparse file or ONNX.", export.add_arguments, export.run),
+    "report": Command("Write a self-contained HTML report of one or more runs.", report.add_arguments, report.run),
+    "compare": Command("Print the results of several runs side by side.", compare.add_arguments, compare.run),
+    "dashboard": Command("Create a project's wandb dashboard.", dashboard.add_arguments, dashboard.run),
+    "prepare": Command("Write a data set in the form that training reads.", prepare.add_arguments, prepare.run),
+    "verify": Command("Find corrupt files in a data set.", verify.add_arguments, verify.run),
+    "bench": Command("Measure what pruning, loading, saving and tracking cost.", group=bench.GROUP),
 }

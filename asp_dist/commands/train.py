@@ -23,19 +23,16 @@ def _style(quiet: bool, as_json: bool) -> Any:
     return "quiet" if quiet else "json" if as_json else "auto"
 
 
-def _display_arguments(parser: ArgumentParser) -> None:
+def add_arguments(parser: ArgumentParser) -> None:
+    """Options of ``train``."""
     parser.add_argument("--quiet", action="store_true", help="show no progress.")
     parser.add_argument(
         "--json", action="store_true", help="print each row of metrics, and the summary, as JSON lines."
     )
+    parser.add_argument("--dry-run", action="store_true", help="run three steps end to end, under a separate name.")
 
 
-def add_train_arguments(parser: ArgumentParser) -> None:
-    _display_arguments(parser)
-    parser.add_argument("--dry-run", action="store_true", help="three steps of everything, in a run of its own.")
-
-
-def train(config: Config, *, quiet: bool = False, json: bool = False, dry_run: bool = False) -> int:
+def run(config: Config, *, quiet: bool = False, json: bool = False, dry_run: bool = False) -> int:
     """Train and prune, on Ray or in this process, and print the results."""
     from asp_dist.training.preflight import preflight
     from asp_dist.training.world import started_by_torchrun
@@ -67,20 +64,21 @@ def as_dry_run(config: Config) -> Config:
 
 
 def _train_on_ray(config: Config, console: Console) -> dict[str, Any]:
-    from asp_dist.cluster import run
+    from asp_dist.cluster import run as run_on_ray
 
-    return run(config, on_row=console.update)
+    return run_on_ray(config, on_row=console.update)
 
 
 def _train_here(config: Config, console: Console) -> dict[str, Any]:
+    from asp_dist.checkpoint.record import run_dir
+    from asp_dist.report import try_report
     from asp_dist.training.hooks import SignalHooks
-    from asp_dist.training.rundir import run_dir
     from asp_dist.training.trainer import train
     from asp_dist.training.world import init_world
 
     world = init_world(config.training.device, config.cluster.timeout_s)
     try:
-        with SignalHooks() as hooks, _following(run_dir(config) / "metrics.jsonl", console):
+        with SignalHooks(try_report) as hooks, _following(run_dir(config) / "metrics.jsonl", console):
             return train(config, world, hooks)
     finally:
         world.close()
@@ -110,8 +108,9 @@ def _following(path: Path, console: Console) -> Iterator[None]:
 
 
 def _show_results(config: Config, summary: dict[str, Any], *, quiet: bool, as_json: bool) -> None:
-    from asp_dist.tracking import print_results, read_layers
-    from asp_dist.training.rundir import run_dir
+    from asp_dist.checkpoint.record import run_dir
+    from asp_dist.report import print_results
+    from asp_dist.tracking import read_layers
 
     folder = run_dir(config)
     if as_json:

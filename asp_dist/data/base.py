@@ -15,7 +15,7 @@ from torch import Tensor
 
 from asp_dist.config import AugmentConfig
 from asp_dist.data.images import ImageSpec, progressive_size
-from asp_dist.data.order import Plan, eval_part, eval_steps
+from asp_dist.data.order import EpochPlan, eval_part, eval_steps
 from asp_dist.data.samples import IndexArray, Samples
 
 log = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ Batch = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
-class Options:
+class LoaderOptions:
     """What a loader needs beside its samples.
 
     Args:
@@ -67,7 +67,7 @@ class TrainLoader(ABC):
 
     backend: str
 
-    def __init__(self, samples: Samples | None, plan: Plan, options: Options) -> None:
+    def __init__(self, samples: Samples | None, plan: EpochPlan, options: LoaderOptions) -> None:
         self.samples, self.plan, self.options = samples, plan, options
         self.steps_per_epoch = plan.steps
         self.samples_per_epoch = plan.steps * plan.batch_size
@@ -169,7 +169,7 @@ class ValLoader(ABC):
         options: everything else.
     """
 
-    def __init__(self, samples: Samples | None, num_samples: int, batch_size: int, options: Options) -> None:
+    def __init__(self, samples: Samples | None, num_samples: int, batch_size: int, options: LoaderOptions) -> None:
         self.samples, self.num_samples, self.batch_size, self.options = samples, num_samples, batch_size, options
         self.part = eval_part(num_samples, options.rank, options.world_size)
         self.steps = eval_steps(num_samples, batch_size, options.world_size)

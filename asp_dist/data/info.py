@@ -7,10 +7,10 @@ from pathlib import Path
 
 from asp_dist.config import DataConfig
 from asp_dist.errors import UserError, check
-from asp_dist.data.folder import class_folders, scan_folder
-from asp_dist.data.manifest import manifest_path, read_classes, read_manifest
+from asp_dist.data.formats.folder import class_folders, scan_folder
+from asp_dist.data.formats.manifest import manifest_path, read_classes, read_manifest
 from asp_dist.data.samples import Samples
-from asp_dist.data.shards import read_shards, shard_files
+from asp_dist.data.formats.shards import read_shards, shard_files
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from asp_dist.config import DataConfig
-from asp_dist.data.base import Options, TrainLoader, ValLoader
+from asp_dist.data.base import LoaderOptions, TrainLoader, ValLoader
 from asp_dist.data.images import build_spec, default_threads
 from asp_dist.data.info import DataInfo, inspect_data, open_data_set
-from asp_dist.data.order import Plan
+from asp_dist.data.order import EpochPlan
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ def build_loaders(
     Raises:
         UserError: a data set that is missing or unfit, a batch size that does not divide.
     """
-    options = Options(
+    options = LoaderOptions(
         spec=build_spec(data, model_data),
         augment=data.augment,
         device=device,
@@ -72,7 +72,7 @@ def build_loaders(
     if data.backend == "synthetic":
         return _synthetic(data, options, accumulate)
     data_set = open_data_set(data)
-    plan = Plan(len(data_set.train), data.batch_size, world_size, accumulate, data.augment.repeats)
+    plan = EpochPlan(len(data_set.train), data.batch_size, world_size, accumulate, data.augment.repeats)
     eval_batch = data.eval_batch_size or plan.micro
     if rank == 0 and plan.num_samples % plan.batch_size:
         log.info(
@@ -85,18 +85,18 @@ def build_loaders(
         train: TrainLoader = TorchTrain(data_set.train, plan, options)
         val: ValLoader = TorchVal(data_set.val, len(data_set.val), eval_batch, options)
     else:
-        from asp_dist.data.dali import DaliTrain, DaliVal
+        from asp_dist.data.dali.dali_loader import DaliTrain, DaliVal
 
         train = DaliTrain(data_set.train, plan, options)
         val = DaliVal(data_set.val, len(data_set.val), eval_batch, options)
     return Loaders(train, val, data_set.info)
 
 
-def _synthetic(data: DataConfig, options: Options, accumulate: int) -> Loaders:
+def _synthetic(data: DataConfig, options: LoaderOptions, accumulate: int) -> Loaders:
     from asp_dist.data.synthetic import SyntheticTrain, SyntheticVal
 
     info = inspect_data(data)
-    plan = Plan(info.num_train, data.batch_size, options.world_size, accumulate)
+    plan = EpochPlan(info.num_train, data.batch_size, options.world_size, accumulate)
     classes = data.synthetic_classes
     val = SyntheticVal(info.num_val, data.eval_batch_size or plan.micro, options, classes)
     return Loaders(SyntheticTrain(plan, options, classes), val, info)

@@ -35,7 +35,7 @@ def shard_permutation(shard: IndexArray, *key: int) -> IndexArray:
 
 
 @dataclass(frozen=True)
-class Plan:
+class EpochPlan:
     """How an epoch's samples are dealt to steps and ranks; the global batch of a step is the same for every world size.
 
     Args:

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from asp_dist.data.base import Batch, Options, TrainLoader, ValLoader
+from asp_dist.data.base import Batch, LoaderOptions, TrainLoader, ValLoader
 from asp_dist.data.images import ImageSpec
-from asp_dist.data.order import Plan
+from asp_dist.data.order import EpochPlan
 
 
 def noise(batch: int, spec: ImageSpec, classes: int, device: torch.device, seed: int) -> tuple[Tensor, Tensor]:
@@ -29,7 +29,7 @@ class SyntheticTrain(TrainLoader):
 
     backend = "synthetic"
 
-    def __init__(self, plan: Plan, options: Options, classes: int) -> None:
+    def __init__(self, plan: EpochPlan, options: LoaderOptions, classes: int) -> None:
         super().__init__(None, plan, options)
         self.classes = classes
 
@@ -49,7 +49,7 @@ class SyntheticVal(ValLoader):
         classes: number of classes.
     """
 
-    def __init__(self, num_samples: int, batch_size: int, options: Options, classes: int) -> None:
+    def __init__(self, num_samples: int, batch_size: int, options: LoaderOptions, classes: int) -> None:
         super().__init__(None, num_samples, batch_size, options)
         self.classes = classes
 

@@ -13,10 +13,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from asp_dist.config import AugmentConfig
-from asp_dist.data.base import Batch, Options, TrainLoader, ValLoader
-from asp_dist.data.errors import DataError, DataReadError, diagnose, pipeline_error, without_traceback
+from asp_dist.data.base import Batch, LoaderOptions, TrainLoader, ValLoader
+from asp_dist.data.bad_files import DataError, DataReadError, diagnose, pipeline_error, without_traceback
 from asp_dist.data.images import ImageSpec
-from asp_dist.data.order import Plan
+from asp_dist.data.order import EpochPlan
 from asp_dist.data.samples import IndexArray, Samples
 
 STRICT = partial(diagnose, strict=True)  # PIL itself decodes here
@@ -105,7 +105,7 @@ class DecodedDataset(Dataset[tuple[torch.Tensor, int]]):
         return self.transform(image), int(self.samples.labels[index])
 
 
-def serve(dataset: DecodedDataset, batch: int, first: int, options: Options) -> Iterator[Batch]:
+def serve(dataset: DecodedDataset, batch: int, first: int, options: LoaderOptions) -> Iterator[Batch]:
     """Batches of `dataset` from position `first` on; the last may be smaller.
 
     Raises:

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from asp_dist.config import Config
-from asp_dist.tracking.metrics import kind_of
+from asp_dist.tracking.rows import kind_of
 
 Style = Literal["auto", "live", "plain", "json", "quiet"]
 

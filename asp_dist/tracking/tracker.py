@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import types
 from collections.abc import Callable
@@ -11,14 +10,11 @@ from typing import Any, Self
 
 from asp_dist.config import Config
 from asp_dist.pruning.names import LayerRow
-from asp_dist.tracking import wandb_run
+from asp_dist.tracking.alerts import Heartbeat, Watch
 from asp_dist.tracking.console import duration
-from asp_dist.tracking.layers import LayerFile, read_layers
-from asp_dist.tracking.metrics import MetricsFile, Row
-from asp_dist.tracking.report import write_report
-from asp_dist.tracking.watch import Heartbeat, Watch
-
-log = logging.getLogger(__name__)
+from asp_dist.tracking.layer_rows import LayerFile, read_layers
+from asp_dist.tracking.rows import MetricsFile, Row
+from asp_dist.tracking.wandb import wandb_run
 
 
 class Tracker:
@@ -28,7 +24,7 @@ class Tracker:
         """Record `row` after `step` optimizer steps; a step of a kind that stands already is dropped."""
 
     def log_layers(self, step: int, rows: list[LayerRow]) -> None:
-        """Record the layers' rows (see `asp_dist.tracking.layers.COLUMNS`) after `step` optimizer steps."""
+        """Record the layers' rows (see `asp_dist.tracking.layer_rows.COLUMNS`) after `step` optimizer steps."""
 
     def alert(self, title: str, text: str) -> None:
         """Tell the user at once, and leave a warning in the record."""
@@ -105,7 +101,7 @@ class RunTracker(Tracker):
         self._to_wandb(lambda run: run.alert(title, text))
 
     def finish(self, summary: dict[str, Any] | None = None, exit_code: int = 0) -> None:
-        """Check the budget, store summary and artifacts, close wandb and the files, and write the report."""
+        """Check the budget, store summary and artifacts, and close wandb and the files."""
         if self._finished:
             return
         self._finished = True
@@ -116,15 +112,6 @@ class RunTracker(Tracker):
         self._to_wandb(lambda run: run.finish(self.run_dir, summary, exit_code))
         self._layers.close()
         self._metrics.close()
-        if exit_code == 0:
-            self._write_report()
-
-    def _write_report(self) -> None:
-        """Write ``report.html``; a report that fails is said in the log, the run's results stand."""
-        try:
-            write_report([self.run_dir])
-        except Exception as error:
-            log.warning("%s is not written: %s: %s", self.run_dir / "report.html", type(error).__name__, error)
 
     def _to_wandb(self, call: Callable[[wandb_run.WandbRun], None]) -> None:
         """Run `call`; wandb failing is said in the record and ends wandb for this run, not the training."""

@@ -8,15 +8,16 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from asp_dist.checkpoint.format import Manifest
+from asp_dist.checkpoint.manager import CheckpointManager, Event, Found
+from asp_dist.checkpoint.record import CONFIG, IDENTITY, MODEL, SUMMARY, run_dir, versions
+from asp_dist.checkpoint.remote_storage import METRICS, Mirror, RemoteStore, open_storage
+from asp_dist.checkpoint.storage import LocalStore, Store
 from asp_dist.config import Config, differences, to_dict
 from asp_dist.errors import UserError
-from asp_dist.tracking.metrics import dropped_name, read_rows
-from asp_dist.training.checkpoint import Manifest
-from asp_dist.training.keeper import Event, Found, Keeper
-from asp_dist.training.remote import METRICS, Mirror, RemoteStore, open_storage
+from asp_dist.files import WAITS_S, retry
+from asp_dist.tracking.rows import dropped_name, read_rows
 from asp_dist.training.run import Run, capture_state, restore_state
-from asp_dist.training.rundir import CONFIG, IDENTITY, MODEL, SUMMARY, run_dir, versions
-from asp_dist.training.store import WAITS_S, LocalStore, Store, patiently
 
 log = logging.getLogger(__name__)
 
@@ -29,13 +30,13 @@ RECORD = (
 RESULTS = (*RECORD, "layers.json", "report.html", MODEL, SUMMARY)
 
 
-def build_keeper(config: Config, identity: str) -> Keeper:
-    """The keeper of the run's checkpoints, in its folder or in ``output.storage``."""
+def build_checkpoint_manager(config: Config, identity: str) -> CheckpointManager:
+    """the manager of the run's checkpoints, in its folder or in ``output.storage``."""
     mirror = build_mirror(config)
     store = build_store(config, config.output.storage)
     if mirror is None:
-        return Keeper(store, identity, config.output.keep)
-    return Keeper(store, identity, config.output.keep, waits=WAITS_S, saved=lambda: mirror.send(RECORD))
+        return CheckpointManager(store, identity, config.output.keep)
+    return CheckpointManager(store, identity, config.output.keep, waits=WAITS_S, saved=lambda: mirror.send(RECORD))
 
 
 def build_store(config: Config, storage: str | None) -> Store:
@@ -71,7 +72,7 @@ def fetch_record(config: Config) -> None:
         return mirror.fetch(RECORD)
 
     try:
-        fetched = patiently(fetch, WAITS_S, str(config.output.storage))
+        fetched = retry(fetch, WAITS_S, str(config.output.storage))
     except OSError as error:
         raise OSError(f"output.storage = {config.output.storage!r} does not answer: {error}") from error
     if fetched:
@@ -113,7 +114,7 @@ def due(run: Run) -> bool:
     output = run.config.output
     by_steps = output.checkpoint_steps is not None and (run.step + 1) % output.checkpoint_steps == 0
     minutes = output.checkpoint_minutes
-    by_time = run.world.is_main and minutes is not None and run.keeper.seconds_since_save() >= 60.0 * minutes
+    by_time = run.world.is_main and minutes is not None and run.checkpoints.seconds_since_save() >= 60.0 * minutes
     return by_steps or by_time
 
 
@@ -121,7 +122,7 @@ def save(run: Run, *, best: bool = False) -> None:
     """Save the run in the background; a collective."""
     if run.bad_steps:
         return
-    log_events(run, run.keeper.events())
+    log_events(run, run.checkpoints.events())
     state = capture_state(run)
     if run.world.is_main:
         manifest = Manifest(
@@ -133,14 +134,14 @@ def save(run: Run, *, best: bool = False) -> None:
             metrics=run.results,
             best=best,
         )
-        run.keeper.save(manifest, state)
+        run.checkpoints.save(manifest, state)
 
 
 def save_and_wait(run: Run) -> str:
     """Save the run before it stops; returns on every rank what went wrong, or nothing. A collective."""
     save(run)
-    run.keeper.wait()
-    events = run.keeper.events()
+    run.checkpoints.wait()
+    events = run.checkpoints.events()
     log_events(run, events)
     failed = [event.message for event in events if event.kind == "warning"]
     return run.world.share(f"its checkpoint failed: {failed[-1]}" if failed else "")
@@ -177,8 +178,8 @@ def resume(run: Run, places: Sequence[str | None] = ()) -> Resumed:
     stores = [build_store(run.config, place) for place in places]
 
     def find() -> tuple[str, int] | None:
-        run.keeper.store.clean()
-        found = run.keeper.latest(stores)
+        run.checkpoints.store.clean()
+        found = run.checkpoints.latest(stores)
         if found is None:
             refuse_to_start_over(run, stores)
             return None
@@ -186,13 +187,13 @@ def resume(run: Run, places: Sequence[str | None] = ()) -> Resumed:
         return found.name, stores.index(found.place) if found.place in stores else -1
 
     answer = run.world.on_main(find)
-    events = run.keeper.events()
+    events = run.checkpoints.events()
     if answer is None:
         return Resumed(events)
     name, index = answer
-    place = run.keeper.store if index < 0 else stores[index]
+    place = run.checkpoints.store if index < 0 else stores[index]
     try:
-        manifest, state = (kept[0].manifest, kept[0].state) if kept else run.keeper.load(name, place)
+        manifest, state = (kept[0].manifest, kept[0].state) if kept else run.checkpoints.load(name, place)
         restore_state(run, state)
     except (KeyError, RuntimeError, ValueError) as error:
         raise UserError(f"{place.where(name)} does not fit this run: {error}") from error
@@ -208,7 +209,7 @@ def refuse_to_start_over(run: Run, stores: Sequence[Store]) -> None:
     rows = read_rows(run.folder / "metrics.jsonl")
     saved = [row["message"] for row in rows if row.get("event") == "checkpoint"]
     if saved:
-        places = " and ".join(store.where("") for store in (run.keeper.store, *stores))
+        places = " and ".join(store.where("") for store in (run.checkpoints.store, *stores))
         raise UserError(
             f"{run.folder} has the record of a run ({saved[-1]}), but no checkpoint is left in {places}: bring one back, or "
             "give the new run another name (--name)"
@@ -233,7 +234,7 @@ def changes(run: Run, manifest: Manifest) -> list[str]:
 
 
 def log_events(run: Run, events: list[Event]) -> None:
-    """Put the keeper's events into the run's record."""
+    """Put the manager's events into the run's record."""
     for event in events:
         (log.warning if event.kind == "warning" else log.info)(event.message)
         run.tracker.log(run.step, {"kind": "event", "event": event.kind, "message": event.message})

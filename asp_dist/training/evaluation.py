@@ -19,7 +19,7 @@ def evaluate_model(
     batches: Iterable[tuple[Tensor, Tensor]],
     config: TrainingConfig,
     world: World,
-    between: Callable[[], None] | None = None,
+    on_batch: Callable[[], None] | None = None,
 ) -> dict[str, float]:
     """Mean loss, top-1 and top-5 accuracy of `model` over the batches of all ranks; a collective.
 
@@ -28,7 +28,7 @@ def evaluate_model(
         batches: this rank's images [B, 3, H, W] and targets [B]. As many batches on each rank, some may be empty.
         config: precision and memory order of the forward pass.
         world: the ranks.
-        between: called after every batch on the CPU and every twentieth on a GPU, equally often on each rank; may raise.
+        on_batch: called after every batch on the CPU and every twentieth on a GPU, equally often on each rank; may raise.
 
     Returns:
         ``val/loss`` (nats), ``val/top1`` and ``val/top5`` (fractions), ``val/samples``.
@@ -43,8 +43,8 @@ def evaluate_model(
         sums[1] += ranks[:, 0].sum()
         sums[2] += ranks.sum()
         sums[3] += len(targets)
-        if between is not None and (index + 1) % every == 0:
-            between()
+        if on_batch is not None and (index + 1) % every == 0:
+            on_batch()
     loss, top1, top5, samples = world.sum_(sums).tolist()
     count = max(samples, 1.0)
     return {"val/loss": loss / count, "val/top1": top1 / count, "val/top5": top5 / count, "val/samples": int(samples)}

@@ -24,7 +24,7 @@ class BadNumbers(ArithmeticError):  # noqa: N818
 
 
 @dataclass(frozen=True)
-class Orders:
+class StepDecision:
     """What all ranks do after this step's gradients: skip the update, stop, save.
 
     Attributes:
@@ -42,12 +42,12 @@ class Orders:
     norm: float
 
 
-def whole(norm: Tensor) -> Tensor:
+def full_norm(norm: Tensor) -> Tensor:
     """The norm over all shards."""
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-def agree(run: Run, loss: Tensor, norm: Tensor, *, checkpoint_due: bool) -> Orders:
+def sync_step_flags(run: Run, loss: Tensor, norm: Tensor, *, checkpoint_due: bool) -> StepDecision:
     """Let the ranks agree, in one all-reduce of four flags and one copy to the host.
 
     Args:
@@ -62,7 +62,7 @@ def agree(run: Run, loss: Tensor, norm: Tensor, *, checkpoint_due: bool) -> Orde
     flags = torch.stack([bad.float(), bad_loss.float(), loss.new_tensor(code), loss.new_tensor(float(checkpoint_due))])
     values = torch.cat([run.world.max_(flags), norm.float().reshape(1)]).tolist()
     stop = REASONS[int(values[2]) - 1] if values[2] else None
-    return Orders(bool(values[0]), bool(values[1]), stop, bool(values[3]), values[4])
+    return StepDecision(bool(values[0]), bool(values[1]), stop, bool(values[3]), values[4])
 
 
 def raise_if_stopped(run: Run) -> None:
@@ -126,8 +126,8 @@ def skip_step(run: Run, *, bad_loss: bool) -> None:
     run.tracker.log(run.step + 1, {"kind": "event", "event": "skipped_step", "message": text})
     limit = run.config.training.max_bad_steps
     if run.bad_steps >= limit:
-        run.keeper.wait()
-        kept = run.keeper.store.names()
+        run.checkpoints.wait()
+        kept = run.checkpoints.store.names()
         raise BadNumbers(
             f"training.max_bad_steps = {limit} steps in a row had a loss or gradient that is not finite; the last, step "
             f"{run.step + 1}: {names}. Last good checkpoint: {kept[-1] if kept else 'none'}. A lower optimizer.lr, "

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Callable
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -37,20 +39,32 @@ class Hooks:
         """
         return None
 
+    def finished(self, run_dir: Path) -> None:
+        """Called on rank 0 once a finished run's files are in `run_dir`, before they go to the storage."""
+
 
 class SignalHooks(Hooks):
     """Stops the run at SIGTERM or SIGINT; a second SIGINT interrupts at once. Use as a context manager.
 
     Must be entered in the main thread, where Python allows signal handlers.
+
+    Args:
+        on_finish: called with the folder of a finished run; see `Hooks.finished`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_finish: Callable[[Path], None] | None = None) -> None:
+        self._on_finish = on_finish
         self._reason: str | None = None
         self._before: dict[signal.Signals, Any] = {}
 
     def stop_requested(self) -> str | None:
         """The signal's name, once one arrived."""
         return self._reason
+
+    def finished(self, run_dir: Path) -> None:
+        """Call `on_finish`, if there is one."""
+        if self._on_finish is not None:
+            self._on_finish(run_dir)
 
     def __enter__(self) -> SignalHooks:
         if threading.current_thread() is threading.main_thread():

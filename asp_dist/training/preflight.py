@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from timm.data import resolve_model_data_config
 
+from asp_dist.checkpoint.record import check_run_dir, with_absolute_paths
 from asp_dist.config import Config
 from asp_dist.data import DataInfo, inspect_data
 from asp_dist.data.images import build_spec
@@ -15,9 +16,7 @@ from asp_dist.errors import UserError, check
 from asp_dist.models import build_model, check_model_name
 from asp_dist.training import build
 from asp_dist.training.run import count_steps
-from asp_dist.training.rundir import check_run_dir, with_absolute_paths
-from asp_dist.training.shares import group_sizes, share_problem
-from asp_dist.training.world import started_by_torchrun
+from asp_dist.training.world import group_sizes, share_problem, started_by_torchrun
 
 
 @dataclass(frozen=True)

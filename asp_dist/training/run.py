@@ -13,6 +13,9 @@ from timm.data import Mixup, resolve_model_data_config
 from timm.utils import ModelEmaV3
 from torch import nn
 
+from asp_dist.checkpoint.manager import CheckpointManager
+from asp_dist.checkpoint.record import run_dir
+from asp_dist.checkpoint.state import capture_rng, restore_rng, seed_everything
 from asp_dist.config import Config
 from asp_dist.data import Loaders, build_loaders, inspect_data
 from asp_dist.data.images import build_spec
@@ -21,10 +24,7 @@ from asp_dist.pruning import Pruner, Snapshot
 from asp_dist.tracking import Tracker
 from asp_dist.training import build, sharding
 from asp_dist.training.hooks import Hooks
-from asp_dist.training.keeper import Keeper
 from asp_dist.training.meter import Meter
-from asp_dist.training.rundir import run_dir
-from asp_dist.training.state import capture_rng, restore_rng, seed_everything
 from asp_dist.training.world import World
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ class Run:
 
     Args:
         model: the network itself: plain timm names, pruned weights.
-        network: what a training step calls: `model`, under DDP, compiled.
+        ddp_model: what a training step calls: `model`, under DDP, compiled.
         step: optimizer steps done, skipped ones included.
         closed_epochs: epochs that are done with, validation included.
         bad_steps: skipped steps in a row.
@@ -53,7 +53,7 @@ class Run:
     hooks: Hooks
     folder: Path
     model: nn.Module
-    network: nn.Module
+    ddp_model: nn.Module
     optimizer: torch.optim.Optimizer
     scheduler: Any
     scaler: torch.amp.GradScaler | None
@@ -62,7 +62,7 @@ class Run:
     loss: nn.Module
     loaders: Loaders
     pruner: Pruner | None
-    keeper: Keeper
+    checkpoints: CheckpointManager
     meter: Meter
     tracker: Tracker
     total_steps: int
@@ -99,7 +99,7 @@ def count_steps(config: Config, steps_per_epoch: int) -> int:
     return min(steps, config.training.max_steps or steps)
 
 
-def build_run(config: Config, world: World, hooks: Hooks, keeper: Keeper, identity: str) -> Run:
+def build_run(config: Config, world: World, hooks: Hooks, checkpoints: CheckpointManager, identity: str) -> Run:
     """Build the run at its first step; every rank builds the same network.
 
     Raises:
@@ -125,7 +125,7 @@ def build_run(config: Config, world: World, hooks: Hooks, keeper: Keeper, identi
     )
     optimizer = build.build_optimizer(config.optimizer, model)
     total_steps = count_steps(config, loaders.train.steps_per_epoch)
-    network = build.wrap_model(training, model, world)
+    ddp_model = build.wrap_model(training, model, world)
     height, width = build_spec(config.data, model_data).size
     pruner = build.build_pruner(config, model, optimizer, total_steps=total_steps, input_size=(3, height, width))
     run = Run(
@@ -134,7 +134,7 @@ def build_run(config: Config, world: World, hooks: Hooks, keeper: Keeper, identi
         hooks=hooks,
         folder=run_dir(config),
         model=model,
-        network=network,
+        ddp_model=ddp_model,
         optimizer=optimizer,
         scheduler=build.build_scheduler(config.schedule, optimizer, loaders.train.steps_per_epoch),
         scaler=build.build_scaler(training, world.device),
@@ -143,7 +143,7 @@ def build_run(config: Config, world: World, hooks: Hooks, keeper: Keeper, identi
         loss=build.build_loss(config),
         loaders=loaders,
         pruner=pruner,
-        keeper=keeper,
+        checkpoints=checkpoints,
         meter=Meter(world, config.data.batch_size),
         tracker=Tracker(),
         total_steps=total_steps,

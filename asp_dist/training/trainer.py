@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from asp_dist.checkpoint.record import claim_run_dir, finished_summary, run_dir, with_absolute_paths
 from asp_dist.config import Config
 from asp_dist.tracking import build_tracker
 from asp_dist.training import checkpointing, health
 from asp_dist.training.build import DTYPES
 from asp_dist.training.evaluation import evaluate_model
 from asp_dist.training.hooks import Hooks, Stopped
-from asp_dist.training.results import finish_run, validate
 from asp_dist.training.run import Run, build_run
-from asp_dist.training.rundir import claim_run_dir, finished_summary, run_dir, with_absolute_paths
+from asp_dist.training.validation import finish_run, validate
 from asp_dist.training.world import World
 
 log = logging.getLogger(__name__)
@@ -52,9 +52,9 @@ def train(config: Config, world: World, hooks: Hooks | None = None) -> dict[str,
     if done is not None:
         log.info("%s is finished already", run_dir(config))
         return done
-    keeper = checkpointing.build_keeper(config, identity["id"])
+    checkpoints = checkpointing.build_checkpoint_manager(config, identity["id"])
     places = [place for place in identity["places"] if place != config.output.storage]
-    run = build_run(config, world, hooks or Hooks(), keeper, identity["id"])
+    run = build_run(config, world, hooks or Hooks(), checkpoints, identity["id"])
     code = 1
     try:
         resumed = checkpointing.resume(run, places)
@@ -73,10 +73,11 @@ def train(config: Config, world: World, hooks: Hooks | None = None) -> dict[str,
         code = 0
         return summary
     finally:
-        keeper.wait()
-        checkpointing.log_events(run, keeper.events())
+        checkpoints.wait()
+        checkpointing.log_events(run, checkpoints.events())
         run.tracker.finish({} if code else summary, exit_code=code)
         if world.is_main and not code:
+            run.hooks.finished(run.folder)
             checkpointing.send_results(run)
         run.loaders.close()
 
@@ -87,21 +88,21 @@ def train_epoch(run: Run, epoch: int) -> None:
     if run.step >= run.end_of(epoch):
         return  # it was stopped between its last step and its validation
     batches = run.loaders.train.start(epoch, run.step - epoch * run.steps_per_epoch)
-    run.network.train()
+    run.ddp_model.train()
     while run.step < run.end_of(epoch):
         start = time.perf_counter()
-        orders = train_step(run, batches)
+        decision = train_step(run, batches)
         run.step += 1
         run.meter.step_done(time.perf_counter() - start)
         if run.step % config.training.log_every == 0 or run.step == run.end_of(epoch):
             log_step(run)
-        if orders.stop:
-            raise Stopped(orders.stop, run.step)
-        if orders.save and run.step < run.end_of(epoch):
+        if decision.stop:
+            raise Stopped(decision.stop, run.step)
+        if decision.save and run.step < run.end_of(epoch):
             checkpointing.save(run)
 
 
-def train_step(run: Run, batches: Batches) -> health.Orders:
+def train_step(run: Run, batches: Batches) -> health.StepDecision:
     """One optimizer step on the next micro-batches; without an update if a loss or gradient is not finite.
 
     Returns:
@@ -120,9 +121,9 @@ def train_step(run: Run, batches: Batches) -> health.Orders:
         run.scaler.unscale_(run.optimizer)
     gradients = [p.grad for p in run.model.parameters() if p.grad is not None]
     norm = get_total_norm(gradients)
-    orders = health.agree(run, loss, health.whole(norm), checkpoint_due=checkpointing.due(run))
-    if orders.bad:
-        health.skip_step(run, bad_loss=orders.bad_loss)
+    decision = health.sync_step_flags(run, loss, health.full_norm(norm), checkpoint_due=checkpointing.due(run))
+    if decision.bad:
+        health.skip_step(run, bad_loss=decision.bad_loss)
     else:
         if run.config.optimizer.clip_grad is not None:
             clip_grads_with_norm_(run.model.parameters(), run.config.optimizer.clip_grad, norm)
@@ -130,11 +131,11 @@ def train_step(run: Run, batches: Batches) -> health.Orders:
         if run.ema is not None:
             run.ema.update(run.model, run.step + 1)
         run.bad_steps = 0
-        run.meter.add(loss, orders.norm)
+        run.meter.add(loss, decision.norm)
     if run.scaler is not None:
         run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
-    return orders
+    return decision
 
 
 def forward_backward(run: Run, images: Tensor, targets: Tensor, *, last: bool) -> Tensor:
@@ -144,17 +145,17 @@ def forward_backward(run: Run, images: Tensor, targets: Tensor, *, last: bool) -
         images, targets = run.mixup(images, targets)
     if training.channels_last:
         images = images.contiguous(memory_format=torch.channels_last)
-    no_sync = getattr(run.network, "no_sync", None)
+    no_sync = getattr(run.ddp_model, "no_sync", None)
     with nullcontext() if last or no_sync is None else no_sync():
         with torch.autocast(run.world.device.type, DTYPES[training.precision], enabled=training.precision != "float32"):
-            loss: Tensor = run.loss(run.network(images), targets) / training.accumulate
+            loss: Tensor = run.loss(run.ddp_model(images), targets) / training.accumulate
         (loss if run.scaler is None else run.scaler.scale(loss)).backward()
     return loss.detach()
 
 
 def log_step(run: Run) -> None:
     """Log the means since the last row, and the pruner's numbers; a collective."""
-    checkpointing.log_events(run, run.keeper.events())
+    checkpointing.log_events(run, run.checkpoints.events())
     row: dict[str, float | int | str] = {
         "kind": "train",
         "epoch": run.step / run.steps_per_epoch,

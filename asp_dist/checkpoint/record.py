@@ -1,0 +1,134 @@
+"""The run's folder: whose it is, and the files that say so."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import uuid
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from asp_dist import __version__
+from asp_dist.config import Config, config_hash, differences, from_dict, to_dict
+from asp_dist.errors import UserError, may_pass
+from asp_dist.files import write_text
+
+CONFIG, IDENTITY, SUMMARY, MODEL = "config.yaml", "run.json", "summary.json", "model.safetensors"
+
+
+def run_dir(config: Config) -> Path:
+    """The run's folder, absolute: ``OUTPUT.DIR/NAME``."""
+    return Path(config.output.dir).expanduser().absolute() / config.name
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """`config` with its data and weights named from the root, so that the same run has the same configuration."""
+    root = os.path.normpath(Path(config.data.root).expanduser().absolute())
+    weights = config.model.weights and os.path.normpath(Path(config.model.weights).expanduser().absolute())
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, weights=weights),
+        data=dataclasses.replace(config.data, root=root if "://" not in config.data.root else config.data.root),
+    )
+
+
+def check_run_dir(config: Config) -> dict[str, Any] | None:
+    """The identity of the run that the folder holds, None if it holds none; changes nothing.
+
+    Raises:
+        UserError: it holds a run with another configuration, or one that must not be touched.
+        OSError: the file system does not answer.
+    """
+    folder = run_dir(config)
+    if not (folder / CONFIG).is_file():
+        return None
+    try:
+        old = yaml.safe_load((folder / CONFIG).read_text())
+        identity: dict[str, Any] = json.loads((folder / IDENTITY).read_text())
+        changed = differences(old, to_dict(with_absolute_paths(config)), config.resume.allow_changes)
+    except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
+        if isinstance(error, OSError) and may_pass(error):
+            raise
+        raise UserError(
+            f"{folder} holds a run whose {CONFIG} or {IDENTITY} cannot be read ({error}): choose another name, or "
+            "remove the folder"
+        ) from error
+    if changed:
+        lines = "".join(f"\n  {name}: {before!r} there, {now!r} here" for name, (before, now) in changed.items())
+        raise UserError(
+            f"{folder} holds a run with another configuration:{lines}\nchoose another name (--name), or go on with the "
+            f"changed fields: --resume.allow_changes '[{', '.join(changed)}]'"
+        )
+    if not config.resume.enabled:
+        raise UserError(f"{folder} holds a run already and resume.enabled is false: choose another name (--name)")
+    return identity
+
+
+def claim_run_dir(config: Config) -> dict[str, Any]:
+    """Make the folder this run's, or find that it is; returns the run's identity. For rank 0.
+
+    The identity keeps, as ``places``, every ``output.storage`` that the run has had (None: its own folder): checkpoints may
+    lie in any of them.
+
+    Raises:
+        UserError: see `check_run_dir`; or the folder cannot be written.
+    """
+    folder = run_dir(config)
+    identity = check_run_dir(config)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if identity is None:
+            identity = {"id": uuid.uuid4().hex[:12], "asp_dist": __version__, "places": []}
+        if config.output.storage not in identity["places"]:
+            identity["places"].append(config.output.storage)
+            write_text(folder / IDENTITY, json.dumps(identity, indent=1))
+        write_text(folder / CONFIG, yaml.safe_dump(to_dict(with_absolute_paths(config)), sort_keys=False))
+    except OSError as error:
+        if may_pass(error):
+            raise
+        raise UserError(f"output folder {folder} cannot be written: {error.strerror or error}") from error
+    return identity
+
+
+def finished_summary(config: Config) -> dict[str, Any] | None:
+    """The summary of this very configuration, if the folder holds its complete results."""
+    folder = run_dir(config)
+    try:
+        summary: dict[str, Any] = json.loads((folder / SUMMARY).read_text())
+    except (OSError, ValueError):
+        return None
+    mine = config_hash(with_absolute_paths(config))
+    return summary if summary.get("config_hash") == mine and (folder / MODEL).is_file() else None
+
+
+def load_config(folder: Path) -> Config:
+    """The configuration that a run's folder holds.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    try:
+        tree = yaml.safe_load((folder / CONFIG).read_text())
+        config: Config = from_dict(tree)
+    except OSError as error:
+        raise UserError(f"{folder} is no run's folder: {CONFIG} is missing") from error
+    except (ValueError, TypeError, yaml.YAMLError) as error:
+        raise UserError(f"{folder / CONFIG} cannot be read: {error}") from error
+    return config
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a run's state depends on."""
+    import timm
+
+    return {
+        "asp_dist": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+    }

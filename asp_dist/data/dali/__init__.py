@@ -1,0 +1,1 @@
+"""Loading with DALI pipelines, on GPUs and CPUs."""

@@ -1,0 +1,163 @@
+"""The DALI graphs of the training and validation pipelines. The device is a value: ``cpu`` or ``gpu``."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from nvidia.dali import fn, math, pipeline_def, types
+from nvidia.dali.auto_aug import auto_augment, rand_augment, trivial_augment
+
+from asp_dist.config import AugmentConfig
+from asp_dist.data.images import ImageSpec
+from asp_dist.data.dali.readers import Reader
+from asp_dist.data.dali.resize import MODES, torch_resize
+
+INTERPOLATION = {
+    "nearest": types.INTERP_NN,
+    "bilinear": types.INTERP_LINEAR,
+    "bicubic": types.INTERP_CUBIC,
+    "lanczos": types.INTERP_LANCZOS3,
+}
+ERASE_AREA = (0.02, 1 / 3)  # as in timm
+ERASE_LOG_RATIO = (-1.2039728043259361, 1.2039728043259361)  # aspect ratio from 0.3 to 1 / 0.3
+
+
+def decoder(device: str) -> str:
+    """The decoders' name of `device`: a GPU pipeline starts from bytes on the CPU."""
+    return "mixed" if device == "gpu" else "cpu"
+
+
+def checked(encoded: Any) -> tuple[Any, Any]:
+    """`encoded` again, once every image's header has been parsed, and the images' shapes, int64 [B, 3].
+
+    DALI 2.4's decoder crashes the process (SIGSEGV in most runs with 256 images) when it meets an image that it
+    cannot parse while others of the batch are being decoded. Parsing the headers first, in an operator that the
+    decoder depends on through the shape below, turns that into an exception. It costs nothing that can be measured.
+    """
+    shape = fn.peek_image_shape(encoded, adjust_orientation=False)
+    return fn.reshape(encoded, rel_shape=fn.cast(shape[0:1] * 0 + 1, dtype=types.FLOAT)), shape
+
+
+def augment_colors(images: Any, augment: AugmentConfig) -> Any:
+    """Colour jitter, then the automatic policy, on uint8 images [H, W, 3]."""
+    if augment.color_jitter > 0:
+        low, high = max(0.0, 1 - augment.color_jitter), 1 + augment.color_jitter
+        images = fn.color_twist(
+            images,
+            brightness=fn.random.uniform(range=(low, high)),
+            contrast=fn.random.uniform(range=(low, high)),
+            saturation=fn.random.uniform(range=(low, high)),
+        )
+    # DALI's own policies use deprecated names of DALI's operators, and DALI resets the filters before it warns.
+    with warnings.catch_warnings(record=True):
+        if augment.policy == "randaugment":
+            images = rand_augment.rand_augment(images, n=augment.policy_ops, m=augment.policy_magnitude)
+        elif augment.policy == "trivialaugment":
+            images = trivial_augment.trivial_augment_wide(images)
+        elif augment.policy == "autoaugment":
+            images = auto_augment.auto_augment(images)
+    return images
+
+
+def erase(images: Any, probability: float, spec: ImageSpec) -> Any:
+    """Random erasing (arXiv 1708.04896): with `probability`, a rectangle becomes the mean colour."""
+    if probability <= 0:
+        return images
+    area = fn.random.uniform(range=ERASE_AREA)
+    ratio = fn.random.uniform(range=ERASE_LOG_RATIO)
+    ratio = types.Constant(2.718281828459045) ** ratio
+    chosen = fn.cast(fn.random.coin_flip(probability=probability), dtype=types.FLOAT)
+    height = _min1(fn.cast(area * ratio, dtype=types.FLOAT) ** 0.5) * chosen
+    width = _min1(fn.cast(area / ratio, dtype=types.FLOAT) ** 0.5) * chosen
+    top = fn.random.uniform(range=(0.0, 1.0)) * (1.0 - height)
+    left = fn.random.uniform(range=(0.0, 1.0)) * (1.0 - width)
+    return fn.erase(
+        images,
+        anchor=fn.stack(top, left),
+        shape=fn.stack(height, width),
+        axis_names="HW",
+        normalized_anchor=True,
+        normalized_shape=True,
+        fill_value=[255 * m for m in spec.mean],
+    )
+
+
+def _min1(value: Any) -> Any:
+    return math.min(value, 1.0)
+
+
+def normalize(images: Any, spec: ImageSpec, **kwargs: Any) -> Any:
+    """uint8 [H, W, 3] to normalised float32 [3, H, W]; `kwargs` crop and mirror on the way."""
+    return fn.crop_mirror_normalize(
+        images,
+        dtype=types.FLOAT,
+        output_layout="CHW",
+        mean=[255 * m for m in spec.mean],
+        std=[255 * s for s in spec.std],
+        **kwargs,
+    )
+
+
+def train_images(encoded: Any, spec: ImageSpec, augment: AugmentConfig, device: str) -> Any:
+    """Random resized crop, colour, policy, erasing, flips and normalisation of encoded images."""
+    images = fn.decoders.image_random_crop(
+        checked(encoded)[0],
+        device=decoder(device),
+        output_type=types.RGB,
+        adjust_orientation=False,
+        random_area=list(augment.scale),
+        random_aspect_ratio=list(augment.ratio),
+        num_attempts=10,
+    )
+    if device == "cpu" and spec.interpolation in MODES:
+        images = torch_resize(images, spec.size, spec.interpolation)
+    else:
+        images = fn.resize(images, size=spec.size, interp_type=INTERPOLATION[spec.interpolation], antialias=True)
+    images = augment_colors(images, augment)
+    images = erase(images, augment.erase, spec)
+    if augment.vflip > 0:
+        images = fn.flip(images, horizontal=0, vertical=fn.random.coin_flip(probability=augment.vflip))
+    mirror = fn.random.coin_flip(probability=augment.hflip) if augment.hflip > 0 else 0
+    return normalize(images, spec, mirror=mirror)
+
+
+def val_images(encoded: Any, spec: ImageSpec, device: str) -> Any:
+    """Resize, centre crop and normalisation of encoded images, as timm's evaluation does, to the pixel.
+
+    torchvision rounds the longer side down and a half pixel of the crop's place to the even one; DALI would round both
+    up, and crops would lie a pixel apart. Like PIL, neither backend turns an image by its EXIF orientation.
+    """
+    encoded, shape = checked(encoded)
+    images: Any = fn.decoders.image(encoded, device=decoder(device), output_type=types.RGB, adjust_orientation=False)
+    resize: dict[str, Any] = {"size": spec.resize}
+    if spec.crop_mode == "center" and spec.size[0] == spec.size[1]:
+        shorter = math.min(shape[0], shape[1])
+        resize["size"] = fn.cast(shape[0:2] * spec.resize[0] // shorter, dtype=types.FLOAT)
+    elif spec.crop_mode == "center":
+        resize["mode"] = "not_smaller"
+    images = fn.resize(images, **resize, interp_type=INTERPOLATION[spec.interpolation], antialias=True)
+    places = {f"crop_pos_{axis}": _centre(images.shape()[i], spec.size[i]) for i, axis in enumerate("yx")}
+    return normalize(images, spec, crop=spec.size, rounding="truncate", **places)
+
+
+def _centre(side: Any, crop: int) -> Any:
+    """The relative place of a centre crop, between 0 and 1, that truncates to torchvision's ``round((side - crop) / 2)``."""
+    spare = fn.cast(side, dtype=types.INT32) - crop
+    half = spare // 2
+    start = half + (spare & 1) * (half & 1)  # half a pixel goes to the even one
+    return fn.cast(start + 0.25, dtype=types.FLOAT) / math.max(fn.cast(spare, dtype=types.FLOAT), 1.0)
+
+
+@pipeline_def(enable_conditionals=True)  # type: ignore[untyped-decorator]
+def train_pipeline(reader: Reader, spec: ImageSpec, augment: AugmentConfig, device: str) -> Any:
+    """Training images float32 [B, 3, H, W], and the reader's positions."""
+    encoded, position = reader()
+    return train_images(encoded, spec, augment, device), position
+
+
+@pipeline_def  # type: ignore[untyped-decorator]
+def val_pipeline(reader: Reader, spec: ImageSpec, device: str) -> Any:
+    """Validation images float32 [B, 3, H, W], and the reader's positions; the last batch is padded."""
+    encoded, position = reader(pad=True)
+    return val_images(encoded, spec, device), position

@@ -1,0 +1,1 @@
+"""How images lie on disk: class folders, manifests, tar shards."""

@@ -1,0 +1,149 @@
+"""Looking at every file of a data set: which are broken, in an odd format, or there twice."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+
+from asp_dist.config import DataConfig
+from asp_dist.errors import check
+from asp_dist.data.images import default_threads
+from asp_dist.data.info import DataSet, open_data_set
+from asp_dist.data.formats.manifest import write_classes, write_manifest
+from asp_dist.data.prepare.progress import progress_bar
+from asp_dist.data.samples import Samples
+
+Kind = Literal["unreadable", "empty", "not an image", "truncated", "cmyk", "duplicate"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+DECODABLE = frozenset({"JPEG", "MPO", "PNG", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000"})
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A file that something is wrong with.
+
+    Args:
+        split: name of the split.
+        index: its sample.
+        place: where it lies.
+        kind: what is wrong.
+        detail: the decoder's words, or the file that it repeats.
+    """
+
+    split: str
+    index: int
+    place: str
+    kind: Kind
+    detail: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `verify` found: `findings` in the order of the splits and samples, and the number of files looked at."""
+
+    findings: tuple[Finding, ...]
+    files: int
+
+    def counts(self) -> dict[str, int]:
+        """Findings of each kind."""
+        return {kind: sum(f.kind == kind for f in self.findings) for kind in KINDS}
+
+
+def classify(encoded: bytes) -> tuple[Kind, str] | None:
+    """What is wrong with an encoded image, decoding it whole: (kind, detail), or None."""
+    from PIL import Image, UnidentifiedImageError
+
+    if not encoded:
+        return "empty", "0 bytes"
+    try:
+        with Image.open(io.BytesIO(encoded)) as image:
+            if image.format not in DECODABLE:
+                return "not an image", f"{image.format}, which DALI does not decode"
+            mode = image.mode
+            image.load()
+    except UnidentifiedImageError:
+        return "not an image", "no image format that is known"
+    except Exception as error:  # PIL raises OSError, SyntaxError, ValueError and more for broken files
+        kind: Kind = "truncated" if "truncated" in str(error).lower() else "not an image"
+        return kind, str(error)
+    return ("cmyk", "four colour channels") if mode in ("CMYK", "YCCK") else None
+
+
+def _look(samples: Samples, index: int) -> tuple[Kind, str] | bytes:
+    """What is wrong with sample `index`, or the digest of a sound one (16 bytes)."""
+    try:
+        encoded = samples.read(index)
+    except OSError as error:
+        return "unreadable", error.strerror or str(error)
+    return classify(encoded) or hashlib.blake2b(encoded, digest_size=16).digest()
+
+
+def _place(sample: tuple[Samples, int]) -> str:
+    return sample[0].place(sample[1])
+
+
+def _findings(data_set: DataSet, threads: int, advance: Callable[[int], None]) -> Iterator[Finding]:
+    first_seen: dict[bytes, tuple[Samples, int]] = {}
+    with ThreadPoolExecutor(threads) as pool:
+        for split, samples in (("train", data_set.train), ("val", data_set.val)):
+            for start in range(0, len(samples), 1024):
+                chunk = range(start, min(start + 1024, len(samples)))
+                for index, seen in zip(chunk, pool.map(lambda i, s=samples: _look(s, i), chunk)):
+                    advance(1)
+                    if not isinstance(seen, bytes):
+                        yield Finding(split, index, samples.place(index), *seen)
+                    elif seen in first_seen:
+                        yield Finding(split, index, samples.place(index), "duplicate", f"of {_place(first_seen[seen])}")
+                    else:
+                        first_seen[seen] = (samples, index)
+
+
+def verify(
+    root: str | Path,
+    *,
+    train: str = "train",
+    val: str = "val",
+    manifest: str | Path | None = None,
+    keep: tuple[Kind, ...] = (),
+    threads: int | None = None,
+    progress: bool = True,
+) -> Report:
+    """Decode every file of the data set at `root` and list what is wrong; write manifests of the rest if asked to.
+
+    A JPEG whose compressed data was overwritten decodes to noise without an error, here as in any decoder, and is not
+    found.
+
+    Args:
+        root: the data set: folder, manifest or shards.
+        train: name of the training split.
+        val: name of the validation split.
+        manifest: folder for the manifests of the files without findings (``train.tsv``, ``val.tsv``, ``classes.tsv``).
+        keep: kinds of findings that stay in the manifests, such as ``cmyk`` and ``duplicate``.
+        threads: decoding threads; None: from the machine.
+        progress: show a progress bar.
+
+    Raises:
+        UserError: no data set at `root`; a manifest of shards.
+    """
+    unknown = sorted(set(keep) - set(KINDS))
+    check(not unknown, f"keep = {unknown} names no kind of finding; there are {', '.join(KINDS)}")
+    data_set = open_data_set(DataConfig(root=str(root), train=train, val=val))
+    check(manifest is None or data_set.info.format != "shards", "shards take no manifest: write them again without it")
+    total = data_set.info.num_train + data_set.info.num_val
+    with progress_bar("Verifying", total, progress) as advance:
+        findings = tuple(_findings(data_set, threads or default_threads(), advance))
+    if manifest is not None:
+        folder = Path(manifest)
+        folder.mkdir(parents=True, exist_ok=True)
+        for split, samples in (("train", data_set.train), ("val", data_set.val)):
+            dropped = [f.index for f in findings if f.split == split and f.kind not in keep]
+            write_manifest(samples, folder / f"{split}.tsv", keep=np.delete(np.arange(len(samples)), dropped))
+        write_classes(folder, data_set.info.classes, data_set.info.names)
+    return Report(findings, total)

@@ -1,0 +1,89 @@
+"""Files that appear under their name only when they are complete, and work that is tried again."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, TypeVar
+
+T = TypeVar("T")
+WAITS_S = (0.5, 2.0, 5.0)  # before each further attempt at a place that fails for a while
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
+    """A temporary path beside `path`, which takes its place at the end: a reader sees the old file or the whole new one.
+
+    After an error the temporary file is removed and `path` is as it was.
+
+    Args:
+        path: the file to write.
+        durable: flush the new file to the disk before it is renamed.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        if durable:
+            _sync(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, data: bytes, *, durable: bool = True) -> None:
+    """Write a file as `replacing` does."""
+    with replacing(path, durable=durable) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 file as `replacing` does."""
+    write_bytes(path, text.encode())
+
+
+def close_durably(stream: IO[bytes]) -> None:
+    """Close `stream` once its bytes are on the disk, where it has one."""
+    try:
+        stream.flush()
+        try:
+            number = stream.fileno()
+        except (OSError, AttributeError):
+            return
+        os.fsync(number)
+    finally:
+        stream.close()
+
+
+def sync_directory(path: Path) -> None:
+    """Make the names in a folder durable."""
+    _sync(path)
+
+
+def retry(work: Callable[[], T], waits: tuple[float, ...], what: str) -> T:
+    """The result of `work`, called again after each of `waits` (seconds) while it raises OSError; `what` is for the log.
+
+    A file that does not exist is no passing fault.
+    """
+    for wait in waits:
+        try:
+            return work()
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            log.warning("%s failed, trying again in %.1f s: %s", what, wait, error)
+            time.sleep(wait)
+    return work()
+
+
+def _sync(path: Path) -> None:
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)

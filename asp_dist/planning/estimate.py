@@ -1,0 +1,201 @@
+"""`estimate_run`: what a run would prune, need and cost, before it is paid for. Nothing is trained and no data is needed."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import timm
+import torch
+from timm.data import resolve_model_data_config
+from torch import Tensor, nn
+
+from asp_dist.config import Config
+from asp_dist.data import DataInfo, inspect_data
+from asp_dist.data.images import build_spec
+from asp_dist.errors import UserError
+from asp_dist.models import build_model
+from asp_dist.planning.step_time import BUCKET, Network, StepTime, measure_step, scale
+from asp_dist.pruning import Pruner, Ramp, Snapshot
+from asp_dist.pruning.names import LayerRow
+from asp_dist.training import build
+from asp_dist.training.preflight import check_batch, planned_world_size
+from asp_dist.training.run import count_steps
+from asp_dist.training.world import World
+
+# Training images, validation images and classes of the data set that a network of so many classes stands for.
+DATA_SETS = {10: ("CIFAR-10", 50_000, 10_000), 1000: ("ImageNet-1k", 1_281_167, 50_000)}
+WORKERS = tuple(2**i for i in range(11))
+
+
+@dataclass
+class Estimate:
+    """What `estimate_run` found; `dataclasses.asdict` makes it plain JSON types. Sizes are bytes, times seconds.
+
+    Attributes:
+        layers: a row per matrix of weights, as in ``layers.json``: what is pruned, what is not and why, and each layer's
+            sparsity at the start.
+        totals: parameters, prunable weights, multiply-adds of one image, dense and at the budget.
+        memory: bytes per worker, by what takes them.
+        traffic: bytes that each worker sends per optimizer step, by what sends them.
+        schedule: images, steps, epochs, workers.
+        step: the measured step; None if it was not measured.
+        scaling: a row per number of workers; empty if the step was not measured.
+        assumptions: what the numbers rest on.
+    """
+
+    model: str
+    input_size: tuple[int, int]
+    layers: list[LayerRow]
+    totals: dict[str, Any]
+    memory: dict[str, float]
+    traffic: dict[str, float]
+    schedule: dict[str, Any]
+    step: StepTime | None = None
+    scaling: list[dict[str, Any]] = field(default_factory=list)
+    assumptions: list[str] = field(default_factory=list)
+
+
+def estimate_run(config: Config, *, measure_s: float = 8.0, network: Network | None = None) -> Estimate:
+    """Plan a run.
+
+    Args:
+        config: the run; where its data is not there, the numbers of the data set that the network was made for, ImageNet-1k's
+            or CIFAR-10's, are taken, and the plan says so.
+        measure_s: about how long to measure the training step on this machine, seconds; 0: not at all.
+        network: the cluster; None: the defaults of `Network`.
+
+    Raises:
+        UserError: unknown model, a budget that it cannot meet, or a batch that does not divide among the workers.
+    """
+    network = network or Network()
+    assumptions: list[str] = []
+    info = _data(config, assumptions)
+    model = build_model(config.model, len(info.classes), config.data.input_size)
+    size = build_spec(config.data, resolve_model_data_config(model)).size
+    device = torch.device("cuda" if torch.cuda.is_available() and config.training.device != "cpu" else "cpu")
+    model = build.place_model(config.training, model, World(0, 0, 1, device))
+    optimizer = build.build_optimizer(config.optimizer, model)
+    workers = planned_world_size(config)
+    batch = config.data.batch_size
+    check_batch(config, info)
+    steps_per_epoch = info.num_train // batch
+    steps = count_steps(config, steps_per_epoch)
+    # The budget as it would be met at once; the run learns another allocation.
+    loss = dataclasses.replace(config.pruning.loss, initial_threshold=None)
+    start = dataclasses.replace(config.pruning, ramp=Ramp(), loss=loss)
+    at_once = dataclasses.replace(config, pruning=start)
+    pruner = build.build_pruner(at_once, model, optimizer, total_steps=steps, input_size=(3, *size))
+    now = pruner.snapshot() if pruner else None
+    layers = now.rows() if now else []
+    totals = _totals(model, now)
+    step = measure_step(config, model, optimizer, device, size, len(info.classes), measure_s) if measure_s > 0 else None
+    if pruner is not None:
+        assumptions.append("layer sparsities: as at the start, had the budget to hold at once; training moves them")
+    plan = Estimate(
+        model=config.model.name,
+        input_size=size,
+        layers=layers,
+        totals=totals,
+        memory=_memory(config, model, optimizer, pruner, step, batch // max(1, workers * config.training.accumulate)),
+        traffic=_traffic(config, model, pruner, workers),
+        schedule={
+            "train_images": info.num_train,
+            "val_images": info.num_val,
+            "batch_size": batch,
+            "workers": workers,
+            "steps_per_epoch": steps_per_epoch,
+            "epochs": config.schedule.epochs,
+            "steps": steps,
+        },
+        step=step,
+        assumptions=assumptions,
+    )
+    _explain(plan, network)
+    if step is not None:
+        gradients = plan.memory["gradients"]
+        exchanged = gradients + 32.0 * (len(pruner.layers) if pruner else 0)
+        collectives = math.ceil(gradients / BUCKET) + 2  # with the pruner's and the loop's own all-reduce
+        exchange = {n: network.all_reduce(exchanged, n, collectives) for n in WORKERS}
+        plan.scaling = [scale(plan.schedule, step, n, exchange[n]) for n in WORKERS]
+    return plan
+
+
+def _data(config: Config, assumptions: list[str]) -> DataInfo:
+    try:
+        return inspect_data(config.data)
+    except UserError as error:
+        default = timm.get_pretrained_cfg(config.model.name, allow_unregistered=True)
+        classes = default.num_classes if default is not None and default.num_classes in DATA_SETS else 1000
+        name, train, val = DATA_SETS[classes]
+        assumptions.append(f"data: {name}'s {train:,} + {val:,} images of {classes} classes, because {error}")
+        names = tuple(str(i) for i in range(classes))
+        return DataInfo(train, val, names, names, "assumed")
+
+
+def _totals(model: nn.Module, snapshot: Snapshot | None) -> dict[str, Any]:
+    parameters = sum(p.numel() for p in model.parameters())
+    if snapshot is None:
+        return {"parameters": parameters}
+    summary: dict[str, Any] = {**snapshot.summary()}
+    keys = ("prunable_weights", "nonzero_weights", "sparsity", "target_sparsity", "dense_macs", "macs", "bytes")
+    return {"parameters": parameters, **{key: summary[key] for key in keys}}
+
+
+def _bytes(tensors: Iterator[Tensor]) -> float:
+    return float(sum(t.numel() * t.element_size() for t in tensors))
+
+
+def _memory(
+    config: Config, model: nn.Module, optimizer: Any, pruner: Pruner | None, step: StepTime | None, images: int
+) -> dict[str, float]:
+    """Bytes per worker, of weights that are replicated or sharded; activations of a micro-batch of `images`."""
+    shards = planned_world_size(config) if config.training.parallel == "fsdp" else 1
+    parameters = _bytes(iter(model.parameters()))
+    state = (v for values in optimizer.state.values() for v in values.values() if isinstance(v, Tensor))
+    memory = {
+        "parameters": parameters,
+        "buffers": _bytes(iter(model.buffers())),
+        "gradients": _bytes(p for p in model.parameters() if p.requires_grad),
+        "optimizer": _bytes(state),
+        "dense weights": _bytes(layer.dense for layer in pruner.layers) if pruner else 0.0,
+        "average": parameters if config.training.ema_decay is not None else 0.0,
+    }
+    memory = {name: size if name == "buffers" else size / shards for name, size in memory.items()}
+    if step is not None:
+        memory["activations"] = step.activation_bytes * max(1, images)
+    return {**memory, "all": sum(memory.values())}
+
+
+def _traffic(config: Config, model: nn.Module, pruner: Pruner | None, workers: int) -> dict[str, float]:
+    """Bytes that one worker sends per optimizer step; an all-reduce of B bytes over n workers sends 2·(n−1)/n·B."""
+    share = 2 * (workers - 1) / max(1, workers)
+    gradients = _bytes(p for p in model.parameters() if p.requires_grad)
+    sharded = config.training.parallel == "fsdp"
+    traffic = {
+        "gradients": gradients * share * (1.5 if sharded else 1.0),  # two gathers and a reduce-scatter
+        "buffers": 0.0 if sharded else _bytes(iter(model.buffers())) * (workers > 1),
+        "thresholds": 4 * 8 * len(pruner.layers) * share if pruner else 0.0,
+    }
+    return {**traffic, "all": sum(traffic.values())}
+
+
+def _explain(plan: Estimate, network: Network) -> None:
+    """Add what memory, traffic and times rest on."""
+    say = plan.assumptions.append
+    say("memory: without the allocator's reserve and the libraries' work space")
+    if plan.step is None:
+        return
+    say(
+        f"step: measured here ({plan.step.device}) with {' and '.join(map(str, plan.step.images))} random images: "
+        f"{1e3 * plan.step.fixed:.1f} ms + {1e3 * plan.step.per_image:.2f} ms per image; best of several; not compiled"
+    )
+    say(
+        f"network: {network.workers_per_node} workers per machine; α = {1e6 * network.node_latency:g} µs, β = "
+        f"{network.node_bandwidth / 1e9:g} GB/s within a machine; α = {1e6 * network.latency:g} µs, β = "
+        f"{network.bandwidth / 1e9:g} GB/s between machines; trees; nothing overlaps with backward, so it is an upper bound"
+    )
+    say("hours: training and one validation per epoch (a third of a training image's time); reading images keeps up")

@@ -1,0 +1,85 @@
+"""`print_comparison`: the results of several runs in one table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from asp_dist.errors import UserError
+from asp_dist.report.curves import pareto
+
+# Key of the summary, heading, format.
+SHOWN = (
+    ("model", "model", ""),
+    ("top1", "top-1", ".2%"),
+    ("top5", "top-5", ".2%"),
+    ("sparsity", "sparsity", ".4%"),
+    ("target_sparsity", "budget", ".2%"),
+    ("nonzero_weights", "weights left", ",d"),
+    ("macs_density", "multiply-adds left", ".2%"),
+    ("epochs", "epochs", "d"),
+    ("world_size", "workers", "d"),
+    ("images_per_second", "images/s", ",.0f"),
+)
+
+
+def read_summary(run_dir: Path) -> dict[str, Any]:
+    """``summary.json`` of a finished run.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    path = run_dir / "summary.json"
+    try:
+        summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{run_dir} holds no finished run: {path} is missing") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    if summary.get("macs") and summary.get("dense_macs"):
+        summary["macs_density"] = summary["macs"] / summary["dense_macs"]
+    return summary
+
+
+def print_comparison(run_dirs: Sequence[Path], *, as_json: bool = False, file: IO[str] | None = None) -> None:
+    """Print one line per run, the best top-1 first; a star marks the runs that no other beats in top-1 and sparsity.
+
+    Args:
+        run_dirs: folders of finished runs.
+        as_json: one JSON object per run and line instead: its summary, with ``run`` (its folder) and ``front``.
+        file: where to print instead of the standard output.
+
+    Raises:
+        UserError: a folder holds no finished run.
+    """
+    found = [(run_dir, read_summary(run_dir)) for run_dir in run_dirs]
+    points = [(s["sparsity"], s["top1"]) for _, s in found if "sparsity" in s and "top1" in s]
+    best = set(pareto(points))
+    found.sort(key=lambda item: -float(item[1].get("top1", 0.0)))
+    marked = [(run_dir, s, (s.get("sparsity"), s.get("top1")) in best) for run_dir, s in found]
+    console = Console(file=file, highlight=False)
+    if as_json:
+        for run_dir, summary, front in marked:
+            line = json.dumps({"run": str(run_dir), "front": front, **summary})
+            console.print(line, markup=False, soft_wrap=True)
+        return
+    if not console.is_terminal:
+        console = Console(file=file, highlight=False, width=160)
+    columns = [column for column in SHOWN if any(s.get(column[0]) is not None for _, s in found)]
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("run", overflow="fold")
+    for _, heading, _ in columns:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for run_dir, summary, front in marked:
+        cells = [_cell(summary.get(key), form) for key, _, form in columns]
+        table.add_row(f"{run_dir.name}{' *' if front and len(found) > 1 else ''}", *cells)
+    console.print(table)
+
+
+def _cell(value: Any, form: str) -> str:
+    return "" if value is None else format(value, form)

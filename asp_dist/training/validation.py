@@ -1,0 +1,150 @@
+"""Validation in the run, and what the run leaves behind."""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from asp_dist.checkpoint.record import MODEL, SUMMARY
+from asp_dist.config import config_hash
+from asp_dist.files import write_text
+from asp_dist.pruning.names import LayerRow
+from asp_dist.training import health, sharding
+from asp_dist.training.evaluation import evaluate_model
+from asp_dist.training.layer_accuracy import add_to_rows, layer_accuracy, pick_subset
+from asp_dist.training.run import Run
+from asp_dist.weight_files import save_safetensors
+
+
+def validate(run: Run) -> bool:
+    """Validate the model, and its average if there is one; log it; a collective.
+
+    Returns:
+        Whether this is the best validation at the budget so far. Before the budget holds, none is: a better accuracy
+        at a lower sparsity is not a better model.
+
+    Raises:
+        Stopped: a rank was asked to stop meanwhile; nothing is logged.
+        BadNumbers: see `health.check_layers`.
+    """
+    world = run.world
+    world.broadcast_(run.buffers.tensors)  # DDP trains with rank 0's batch norm statistics
+    training = run.config.training
+    on_batch = partial(health.raise_if_stopped, run)
+    results: dict[str, Any] = evaluate_model(run.model, run.loaders.val, training, world, on_batch)
+    if run.ema is not None:
+        world.broadcast_(list(run.ema.module.buffers()))
+        average = evaluate_model(averaged_model(run), run.loaders.val, training, world, on_batch)
+        results.update({name.replace("val/", "val/ema_"): value for name, value in average.items()})
+    run.results = results
+    run.snapshot = run.pruner.snapshot() if run.pruner is not None else None
+    numbers = run.snapshot.metrics() if run.snapshot is not None else {}
+    if run.snapshot is not None:
+        rows = run.snapshot.rows()
+        if layer_accuracy_due(run):
+            add_to_rows(rows, measure_layers(run))
+        run.tracker.log_layers(run.step, rows)
+        health.check_layers(run, rows)
+    run.tracker.log(run.step, {"kind": "eval", "epoch": run.step / run.steps_per_epoch, **run.results, **numbers})
+    score = max(run.results["val/top1"], run.results.get("val/ema_top1", 0.0))
+    at_budget = run.pruner is None or run.pruner.frozen
+    improved = at_budget and (run.best is None or score > run.best["val/top1"])
+    if improved:
+        run.best = {"step": run.step, "val/top1": score}
+    return improved
+
+
+def layer_accuracy_due(run: Run) -> bool:
+    """Whether this validation also measures what each layer costs: every few epochs, and in the last one."""
+    tracking = run.config.tracking
+    due = (run.closed_epochs + 1) % tracking.layer_accuracy_every == 0 or run.step == run.total_steps
+    return tracking.layer_accuracy_images > 0 and due
+
+
+def measure_layers(run: Run) -> dict[str, LayerRow]:
+    """Accuracy with each layer dense again, on the run's fixed share of the validation images; a collective."""
+    assert run.pruner is not None
+    if not run.layer_subset:
+        images, samples = run.config.tracking.layer_accuracy_images, run.loaders.val.num_samples
+        run.layer_subset = pick_subset(run.loaders.val, images, run.world, samples)
+    return layer_accuracy(run.model, run.pruner, run.layer_subset, run.config.training, run.world)
+
+
+def averaged_model(run: Run) -> nn.Module:
+    """A copy of the averaged model with the current masks; the average itself goes on with all its weights."""
+    assert run.ema is not None
+    model = copy.deepcopy(run.ema.module)
+    if run.pruner is not None:
+        run.pruner.apply_masks_(model)
+    return model
+
+
+def finish_run(run: Run) -> dict[str, Any]:
+    """Write ``model.safetensors`` and ``summary.json`` and return the summary, on every rank; a collective.
+
+    With an average of the weights, the file holds whichever of the two was better in the last validation.
+    """
+    run.checkpoints.wait()  # two writers at once might fill the disk where one does not
+    results = run.results
+    use_average = run.ema is not None and results["val/ema_top1"] >= results["val/top1"]
+    prefix = "val/ema_" if use_average else "val/"
+    model = averaged_model(run) if use_average else run.model
+    weights, _ = sharding.full_state(model, run.optimizer) if not use_average else (model.state_dict(), {})
+    if run.pruner is not None and run.snapshot is None:
+        run.snapshot = run.pruner.snapshot()  # stopped and resumed between the last validation and here
+    counts: Any = run.snapshot.summary() if run.snapshot is not None else dense_summary(run.model)
+    summary: dict[str, Any] = {
+        "model": run.config.model.name,
+        "top1": results[f"{prefix}top1"],
+        "top5": results[f"{prefix}top5"],
+        "val_loss": results[f"{prefix}loss"],
+        "val_samples": results["val/samples"],
+        **counts,
+        "best": run.best,
+        "weights": "average" if use_average else "model",
+        "images_per_second": run.meter.images_per_second,
+        "epochs": run.epochs,
+        "steps": run.step,
+        "bad_steps": run.skipped,
+        "seconds": run.meter.total_seconds,
+        "world_size": run.world.world_size,
+        "device": run.world.device.type,
+        "precision": run.config.training.precision,
+        "batch_size": run.config.data.batch_size,
+        "data_root": run.config.data.root,
+        "num_classes": len(run.loaders.info.classes),
+        "classes": list(run.loaders.info.names),
+        "wandb_run_id": getattr(run.tracker, "wandb_id", None),
+        "config_hash": config_hash(run.config),
+        "finished": time.time(),
+    }
+    summary = run.world.share(summary)
+    if run.world.is_main:
+        text = {"model": run.config.model.name, "classes": json.dumps(list(run.loaders.info.classes))}
+        save_safetensors(run.folder / MODEL, weights, metadata=text)
+        write_text(run.folder / SUMMARY, json.dumps(summary, indent=1))
+    return summary
+
+
+def dense_summary(model: nn.Module) -> dict[str, Any]:
+    """The counts of a run without pruning."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    return {
+        "sparsity": 0.0,
+        "sparsity_all": 0.0,
+        "target_sparsity": 0.0,
+        "nonzero_weights": total,
+        "prunable_weights": total,
+        "total_weights": total,
+    }
+
+
+def count_zeros(weights: dict[str, torch.Tensor]) -> tuple[int, int]:
+    """Nonzero and all weights in `weights`."""
+    return sum(int(w.count_nonzero()) for w in weights.values()), sum(w.numel() for w in weights.values())
