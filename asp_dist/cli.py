@@ -28,8 +28,8 @@ EXIT_USER, EXIT_FAILURE, EXIT_STOPPED, EXIT_INTERRUPTED = 2, 1, 75, 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``asp-dist`` and return its exit code.
 
-    0: done. 1: failed. 2: a mistake in the input or the set-up. 75: stopped behind a checkpoint; the same command goes on.
-    130: interrupted.
+    0: done. 1: failed. 2: a mistake in the input or the set-up. 75: stopped after saving a checkpoint; the same command
+    resumes. 130: interrupted.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments or bool(os.environ.get("ASP_DIST_DEBUG"))

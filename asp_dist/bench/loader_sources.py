@@ -37,7 +37,7 @@ class _TorchvisionDataset(Dataset[tuple[Tensor, int]]):
 
 
 def torchvision_transform(options: LoaderOptions, *, train: bool) -> Callable[[Any], Tensor]:
-    """torchvision's transforms that do what the DALI pipelines do: crop, flip and normalisation."""
+    """torchvision's transforms that do what the DALI pipelines do: crop, flip and normalization."""
     from torchvision import transforms
     from torchvision.transforms import InterpolationMode
 

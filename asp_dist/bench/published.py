@@ -38,7 +38,7 @@ class ShrunkWeight(nn.Module):
         self.threshold = nn.Parameter(torch.tensor(initial_threshold))
 
     def forward(self, weight: Tensor) -> Tensor:
-        """The pruned weight; the dense one is centred in place, as published."""
+        """The pruned weight; the dense one is centered in place, as published."""
         with torch.no_grad():
             weight -= weight.mean()
         shrunk: Tensor = _Shrink.apply(weight, self.threshold)

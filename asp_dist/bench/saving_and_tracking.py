@@ -117,7 +117,7 @@ def bench_extra(
         UserError: a stretch of that many steps would not hold what is to be measured.
     """
     every = 2 if what == "saving" else TrainingConfig().log_every
-    check(steps % every == 0, f"--steps {steps}: a stretch of {what} takes a multiple of {every} steps")
+    check(steps % every == 0, f"--steps {steps}: use a multiple of {every} for {what}")
     with tempfile.TemporaryDirectory(prefix="asp-dist-bench-") as folder:
         config = _config(model, batch_size, input_size, 2 * steps * (rounds + 1), device, folder)
         checkpoints = checkpointing.build_checkpoint_manager(config, "bench")
@@ -171,4 +171,4 @@ def print_extra(result: dict[str, Any], file: IO[str] | None = None) -> None:
     for name, ratio, ratios in (("clock", "ratio", "ratios"), ("processor time", "cpu_ratio", "cpu_ratios")):
         low, high = min(result[ratios]), max(result[ratios])
         console.print(f"  by {name}: {result[ratio]:.4f} × ({low:.4f} to {high:.4f})")
-    console.print(f"  the training waits for it: {result['blocked_share']:.2%} of its time")
+    console.print(f"  training is blocked on it for {result['blocked_share']:.2%} of the time")

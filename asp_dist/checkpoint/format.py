@@ -8,17 +8,21 @@ that does not fit its manifest is named in a warning, and the one before it is u
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import hashlib
 import json
+import platform
+import random
 import time
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load as parse_safetensors
 
-from asp_dist.checkpoint.state import flatten_state, unflatten_state
+from asp_dist import __version__
 from asp_dist.checkpoint.storage import MANIFEST, Store, checkpoint_name
 from asp_dist.files import close_durably
 from asp_dist.weight_files import write_safetensors
@@ -79,7 +83,7 @@ def write_checkpoint(store: Store, manifest: Manifest, plain: Any, parts: dict[s
     bad = [name for name, t in parts.get("model", {}).items() if t.is_floating_point() and not _all_finite(t)]
     name = checkpoint_name(manifest.step)
     if bad:
-        raise CheckpointError(f"{name} is not written: not finite in {', '.join(bad[:3])}")
+        raise CheckpointError(f"not saving {name}: non-finite values in {', '.join(bad[:3])}")
     files: dict[str, list[Any]] = {}
     store.begin(name)
     try:
@@ -115,7 +119,7 @@ def read_manifest(store: Store, name: str) -> Manifest:
     except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{store.where(name)}: {MANIFEST} is missing or unreadable ({error})") from error
     if digest != _digest(tree):
-        raise CheckpointError(f"{store.where(name)}: {MANIFEST} does not fit its own hash; it was altered")
+        raise CheckpointError(f"{store.where(name)}: hash mismatch in {MANIFEST}: the file was modified")
     if manifest.format != FORMAT:
         raise CheckpointError(f"{store.where(name)}: format {manifest.format} where {FORMAT} is expected")
     return manifest
@@ -138,7 +142,9 @@ def read_checkpoint(store: Store, name: str) -> tuple[Manifest, dict[str, Any]]:
         except FileNotFoundError as error:
             raise CheckpointError(f"{place} is missing ({error})") from error
         if len(data) != size:
-            raise CheckpointError(f"{place} has {len(data)} bytes where {size} were written; it is cut short or grown")
+            raise CheckpointError(
+                f"{place} has {len(data)} bytes where {size} were written; the file is truncated or has grown"
+            )
         if hashlib.sha256(data).hexdigest() != digest:
             raise CheckpointError(f"{place} does not fit its hash; its bytes were altered")
         if file == STATE:
@@ -176,3 +182,101 @@ def _write(store: Store, name: str, file: str, data: bytes) -> None:
 
 def _digest(tree: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+
+
+PLAIN = (str, int, float, bool, type(None))
+
+
+def flatten_state(tree: Any, tensors: dict[str, torch.Tensor], prefix: str = "") -> Any:
+    """`tree` as JSON types, its tensors moved into `tensors` under dotted names.
+
+    Raises:
+        TypeError: a leaf is neither a tensor nor a plain type.
+    """
+    if isinstance(tree, torch.Tensor):
+        name = prefix or "tensor"
+        tensors[name] = tree.detach()
+        last = tree.dim() == 4 and not tree.is_contiguous() and tree.is_contiguous(memory_format=torch.channels_last)
+        return {"__tensor__": name, "channels_last": True} if last else {"__tensor__": name}
+    if isinstance(tree, dict):
+        items = [[key, flatten_state(value, tensors, f"{prefix}.{key}".strip("."))] for key, value in tree.items()]
+        if all(isinstance(key, str) for key in tree):
+            return dict(items)
+        return {"__items__": items}
+    if isinstance(tree, list | tuple):
+        values = [flatten_state(value, tensors, f"{prefix}.{i}".strip(".")) for i, value in enumerate(tree)]
+        return {"__tuple__": values} if isinstance(tree, tuple) else values
+    if isinstance(tree, np.generic):
+        return tree.item()
+    if isinstance(tree, PLAIN):
+        return tree
+    raise TypeError(f"{prefix or 'state'} is a {type(tree).__name__}: a checkpoint holds tensors and plain types alone")
+
+
+def unflatten_state(plain: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    """The tree that `flatten_state` took apart."""
+    if isinstance(plain, list):
+        return [unflatten_state(value, tensors) for value in plain]
+    if not isinstance(plain, dict):
+        return plain
+    if "__tensor__" in plain:
+        tensor = tensors[plain["__tensor__"]]
+        # Kept: a momentum buffer in another order than its weight would be slower and could round differently.
+        return tensor.contiguous(memory_format=torch.channels_last) if plain.get("channels_last") else tensor
+    if "__tuple__" in plain:
+        return tuple(unflatten_state(value, tensors) for value in plain["__tuple__"])
+    if "__items__" in plain:
+        return {key: unflatten_state(value, tensors) for key, value in plain["__items__"]}
+    return {key: unflatten_state(value, tensors) for key, value in plain.items()}
+
+
+def capture_rng(device: torch.device) -> dict[str, Any]:
+    """The states of Python's, NumPy's and torch's generators on this rank, as JSON types."""
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    version, internal, gauss = random.getstate()
+    state = {
+        "python": [version, list(internal), gauss],
+        "numpy": [name, _encode(np.asarray(keys).tobytes()), int(position), int(has_gauss), float(cached)],
+        "torch": _encode(torch.get_rng_state().numpy().tobytes()),
+    }
+    if device.type == "cuda":
+        state["cuda"] = _encode(torch.cuda.get_rng_state(device).numpy().tobytes())
+    return state
+
+
+def restore_rng(state: dict[str, Any], device: torch.device) -> None:
+    """Set the generators to what `capture_rng` returned."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, np.frombuffer(base64.b64decode(keys), np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(_decode(state["torch"]))
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(_decode(state["cuda"]), device)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's, NumPy's and torch's generators (all devices)."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def _encode(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def _decode(text: str) -> torch.Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a run's state depends on."""
+    import timm
+
+    return {
+        "asp_dist": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+    }

@@ -21,6 +21,7 @@ from asp_dist.checkpoint.format import (
 from asp_dist.checkpoint.storage import Store, step_of
 from asp_dist.errors import UserError
 from asp_dist.files import retry
+from asp_dist.tracking.schema import WARNING
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ class CheckpointManager:
         return time.monotonic() - self._saved_at
 
     def save(self, manifest: Manifest, state: dict[str, Any]) -> None:
-        """Copy `state` and write it in the background. Waits for the checkpoint before it, if that is still written."""
+        """Copy `state` and write it in the background. Blocks until the previous checkpoint is written."""
         self.wait()
         self._saved_at = time.monotonic()
         plain, parts = split_state(state)
@@ -156,7 +157,7 @@ class CheckpointManager:
                 problems.append((place, name, str(error)))
                 continue
             for other, bad, message in problems:
-                self._events.append(Event("warning", f"{message}; kept as {other.set_aside(bad)}"))
+                self._events.append(Event(WARNING, f"{message}; kept as {other.set_aside(bad)}"))
             return Found(name, place, manifest, state)
         if problems:
             raise UserError(
@@ -178,7 +179,7 @@ class CheckpointManager:
         except OSError as error:
             raise OSError(
                 f"{store.where(name)} cannot be read now ({error}); nothing was changed: start again once the storage answers, "
-                "or move that checkpoint away to go on from the one before it"
+                "or move that checkpoint away to resume from the previous one"
             ) from error
         if manifest.run != self.run:
             raise CheckpointError(f"{store.where(name)} belongs to another run ({manifest.run})")
@@ -207,7 +208,7 @@ class CheckpointManager:
                 retry(self.saved, self.waits, "copying the record")
         except Exception as error:  # the training goes on; the run's log says what is wrong
             self._events.append(
-                Event("warning", f"the checkpoint of step {manifest.step} failed: {error}; {self._kept()}")
+                Event(WARNING, f"the checkpoint of step {manifest.step} failed: {error}; {self._kept()}")
             )
 
     def _kept(self) -> str:

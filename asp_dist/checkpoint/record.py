@@ -5,20 +5,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import platform
 import uuid
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from asp_dist import __version__
 from asp_dist.config import Config, config_hash, differences, from_dict, to_dict
 from asp_dist.errors import UserError, may_pass
 from asp_dist.files import write_text
-
-CONFIG, IDENTITY, SUMMARY, MODEL = "config.yaml", "run.json", "summary.json", "model.safetensors"
+from asp_dist.tracking.schema import CONFIG_FILE, IDENTITY_FILE, MODEL_FILE, SUMMARY_FILE
 
 
 def run_dir(config: Config) -> Path:
@@ -45,17 +42,17 @@ def check_run_dir(config: Config) -> dict[str, Any] | None:
         OSError: the file system does not answer.
     """
     folder = run_dir(config)
-    if not (folder / CONFIG).is_file():
+    if not (folder / CONFIG_FILE).is_file():
         return None
     try:
-        old = yaml.safe_load((folder / CONFIG).read_text())
-        identity: dict[str, Any] = json.loads((folder / IDENTITY).read_text())
+        old = yaml.safe_load((folder / CONFIG_FILE).read_text())
+        identity: dict[str, Any] = json.loads((folder / IDENTITY_FILE).read_text())
         changed = differences(old, to_dict(with_absolute_paths(config)), config.resume.allow_changes)
     except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
         if isinstance(error, OSError) and may_pass(error):
             raise
         raise UserError(
-            f"{folder} holds a run whose {CONFIG} or {IDENTITY} cannot be read ({error}): choose another name, or "
+            f"{folder} holds a run whose {CONFIG_FILE} or {IDENTITY_FILE} cannot be read ({error}): choose another name, or "
             "remove the folder"
         ) from error
     if changed:
@@ -65,7 +62,7 @@ def check_run_dir(config: Config) -> dict[str, Any] | None:
             f"changed fields: --resume.allow_changes '[{', '.join(changed)}]'"
         )
     if not config.resume.enabled:
-        raise UserError(f"{folder} holds a run already and resume.enabled is false: choose another name (--name)")
+        raise UserError(f"{folder} already contains a run and resume.enabled is false: choose another name (--name)")
     return identity
 
 
@@ -86,8 +83,8 @@ def claim_run_dir(config: Config) -> dict[str, Any]:
             identity = {"id": uuid.uuid4().hex[:12], "asp_dist": __version__, "places": []}
         if config.output.storage not in identity["places"]:
             identity["places"].append(config.output.storage)
-            write_text(folder / IDENTITY, json.dumps(identity, indent=1))
-        write_text(folder / CONFIG, yaml.safe_dump(to_dict(with_absolute_paths(config)), sort_keys=False))
+            write_text(folder / IDENTITY_FILE, json.dumps(identity, indent=1))
+        write_text(folder / CONFIG_FILE, yaml.safe_dump(to_dict(with_absolute_paths(config)), sort_keys=False))
     except OSError as error:
         if may_pass(error):
             raise
@@ -99,11 +96,11 @@ def finished_summary(config: Config) -> dict[str, Any] | None:
     """The summary of this very configuration, if the folder holds its complete results."""
     folder = run_dir(config)
     try:
-        summary: dict[str, Any] = json.loads((folder / SUMMARY).read_text())
+        summary: dict[str, Any] = json.loads((folder / SUMMARY_FILE).read_text())
     except (OSError, ValueError):
         return None
     mine = config_hash(with_absolute_paths(config))
-    return summary if summary.get("config_hash") == mine and (folder / MODEL).is_file() else None
+    return summary if summary.get("config_hash") == mine and (folder / MODEL_FILE).is_file() else None
 
 
 def load_config(folder: Path) -> Config:
@@ -113,22 +110,10 @@ def load_config(folder: Path) -> Config:
         UserError: there is none, or it cannot be read.
     """
     try:
-        tree = yaml.safe_load((folder / CONFIG).read_text())
+        tree = yaml.safe_load((folder / CONFIG_FILE).read_text())
         config: Config = from_dict(tree)
     except OSError as error:
-        raise UserError(f"{folder} is no run's folder: {CONFIG} is missing") from error
+        raise UserError(f"{folder} is not a run folder: {CONFIG_FILE} is missing") from error
     except (ValueError, TypeError, yaml.YAMLError) as error:
-        raise UserError(f"{folder / CONFIG} cannot be read: {error}") from error
+        raise UserError(f"{folder / CONFIG_FILE} cannot be read: {error}") from error
     return config
-
-
-def versions() -> dict[str, str]:
-    """Versions of what a run's state depends on."""
-    import timm
-
-    return {
-        "asp_dist": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-    }

@@ -16,9 +16,9 @@ from asp_dist.checkpoint.storage import MANIFEST, NAME, spare_name, step_of
 from asp_dist.errors import UserError
 from asp_dist.files import WAITS_S, retry, write_bytes
 from asp_dist.tracking.rows import last_step
+from asp_dist.tracking.schema import METRICS_FILE
 
 T = TypeVar("T")
-METRICS = "metrics.jsonl"
 log = logging.getLogger(__name__)
 
 
@@ -165,11 +165,11 @@ class Mirror:
         ``.stale``.
 
         Args:
-            names: the files of the record, the longest-lived last; `METRICS` among them says how far it goes.
+            names: the files of the record, the longest-lived last; `METRICS_FILE` among them says how far it goes.
         """
         there = [name for name in names if self.system.get_file_info(f"{self.path}/{name}").is_file]
-        ours = self.folder / METRICS
-        behind = METRICS in there and last_step(self._read(METRICS)) > last_step(
+        ours = self.folder / METRICS_FILE
+        behind = METRICS_FILE in there and last_step(self._read(METRICS_FILE)) > last_step(
             ours.read_bytes() if ours.exists() else b""
         )
         fetched = []

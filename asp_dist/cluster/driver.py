@@ -27,6 +27,7 @@ from asp_dist.cluster.signals import Signals
 from asp_dist.cluster.worker import ClusterTorchConfig, Job, TrainFunction, train_loop_per_worker
 from asp_dist.config import Config
 from asp_dist.tracking import Tail
+from asp_dist.tracking.schema import METRICS_FILE
 from asp_dist.training.hooks import Stopped
 
 OnRow = Callable[[dict[str, Any]], None]
@@ -46,7 +47,7 @@ def run(config: Config, on_row: OnRow | None = None, *, train: TrainFunction | N
 
     Raises:
         UserError: the cluster is missing or too small, a node does not see the data, or a worker found a mistake.
-        Stopped: SIGTERM, SIGINT or a preemption ended the run behind a checkpoint.
+        Stopped: SIGTERM, SIGINT or a preemption ended the run after a checkpoint.
         ClusterError: the workers failed more than ``cluster.max_failures`` times, or in a way that would repeat.
         KeyboardInterrupt: a second SIGINT.
     """
@@ -114,7 +115,7 @@ class _Launch:
         logging.getLogger("ray.tune").setLevel(logging.ERROR)
         trainer = self._trainer(files, needed)
         tails = (
-            Tail(files.run_dir / "metrics.jsonl", from_end=True),
+            Tail(files.run_dir / METRICS_FILE, from_end=True),
             Tail(files.folder / "failures", from_end=True),
         )
         done = threading.Event()

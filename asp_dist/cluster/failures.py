@@ -12,6 +12,7 @@ from ray.train import UserCallback
 
 from asp_dist.cluster.launch_files import LaunchFiles
 from asp_dist.errors import UserError
+from asp_dist.tracking.schema import EVENT
 
 # What the other ranks say when one has died.
 COLLATERAL = ("connection closed by peer", "connection reset", "broken pipe", "socket timeout", "ncclremoteerror")
@@ -39,7 +40,7 @@ class FailureLog(UserCallback):
 
 def event(message: str, step: int = 0) -> dict[str, Any]:
     """A row for the driver's display; it alone knows the step."""
-    return {"step": step, "kind": "event", "event": "failure", "time": time.time(), "message": message}
+    return {"step": step, "kind": EVENT, "event": "failure", "time": time.time(), "message": message}
 
 
 def describe(failures: dict[int, Exception]) -> str:

@@ -54,7 +54,7 @@ class Cluster:
         address = self.address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS") or ""
         check(
             address.startswith(("http://", "https://")),
-            f"--address = {address or None} is no job server: give the dashboard's address, http://HEAD:8265",
+            f"--address = {address or None} is not a job server: give the dashboard's address, http://HEAD:8265",
         )
         try:
             return JobSubmissionClient(address, verify=self.verify)

@@ -1,4 +1,4 @@
-"""What a run needs of a cluster and what is there: checked before anything starts, so that nothing waits for ever."""
+"""What a run needs of a cluster and what is there: checked before anything starts, so that no run waits forever."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A connection to Ray: a cluster of this machine's own, gone with the run, or one that runs already."""
+"""A connection to Ray: a temporary cluster on this machine, or an existing one."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def ray_session(cluster: ClusterConfig) -> Iterator[bool]:
 
 @contextmanager
 def _local_cluster() -> Iterator[None]:
-    """A Ray cluster with this machine's CPUs and GPUs, in a folder of its own; no process of it stays."""
+    """A Ray cluster with this machine's CPUs and GPUs, in a folder of its own; no process is left behind."""
     # Sockets live in this folder, and their paths may have 107 characters at most.
     folder = tempfile.mkdtemp(prefix="asp-dist-ray-", dir="/tmp")
     if not {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():

@@ -12,7 +12,7 @@ from asp_dist.cluster.launch_files import LaunchFiles
 
 
 class Signals:
-    """SIGTERM and SIGINT ask the workers to stop behind a checkpoint; a second SIGINT ends the driver at once."""
+    """SIGTERM and SIGINT ask the workers to stop after saving a checkpoint; a second SIGINT ends the driver at once."""
 
     def __init__(self) -> None:
         self._reason: str | None = None
@@ -50,4 +50,4 @@ class Signals:
         self._reason = name
         if self._files is not None:
             self._files.request_stop(name)
-        print(f"{name}: stopping behind a checkpoint; a second SIGINT stops at once", file=sys.stderr, flush=True)
+        print(f"{name}: saving a checkpoint, then stopping; a second SIGINT stops at once", file=sys.stderr, flush=True)

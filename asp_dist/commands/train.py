@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from jsonargparse import ArgumentParser
 
 from asp_dist.config import Config
+from asp_dist.tracking.schema import METRICS_FILE
 
 if TYPE_CHECKING:
     from asp_dist.tracking import Console
@@ -78,7 +79,7 @@ def _train_here(config: Config, console: Console) -> dict[str, Any]:
 
     world = init_world(config.training.device, config.cluster.timeout_s)
     try:
-        with SignalHooks(try_report) as hooks, _following(run_dir(config) / "metrics.jsonl", console):
+        with SignalHooks(try_report) as hooks, _following(run_dir(config) / METRICS_FILE, console):
             return train(config, world, hooks)
     finally:
         world.close()

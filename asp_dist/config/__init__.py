@@ -4,8 +4,7 @@ A YAML file under ``configs/`` fills its dataclasses, and the command line overr
 (``--budget.sparsity 0.95``).
 """
 
-from asp_dist.config.reading import FREE_ON_RESUME, config_hash, differences, flatten, from_dict, to_dict
-from asp_dist.config.schema import (
+from asp_dist.config.fields import (
     AugmentConfig,
     AutoAugment,
     Backend,
@@ -24,6 +23,7 @@ from asp_dist.config.schema import (
     TrackingConfig,
     TrainingConfig,
 )
+from asp_dist.config.reading import FREE_ON_RESUME, config_hash, differences, flatten, from_dict, to_dict
 
 __all__ = [
     "FREE_ON_RESUME",

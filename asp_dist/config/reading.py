@@ -8,7 +8,7 @@ import json
 import re
 from typing import Any, get_args, get_origin, get_type_hints
 
-from asp_dist.config.schema import Config
+from asp_dist.config.fields import Config
 from asp_dist.errors import UserError
 
 # Fields that say where and how a run is watched, not what it computes: a resumed run may change them freely.

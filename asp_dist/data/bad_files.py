@@ -60,7 +60,7 @@ def diagnose(encoded: bytes, *, strict: bool = False) -> str | None:
     except Image.DecompressionBombError as error:
         return f"{error}" if strict else None
     except UnidentifiedImageError:
-        return "no image format that is known"
+        return "unrecognized image format"
     except Exception as error:  # PIL raises OSError, SyntaxError, ValueError and more for broken files
         return f"{error}"
     return None

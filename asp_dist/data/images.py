@@ -1,4 +1,4 @@
-"""How an image becomes a tensor: sizes, interpolation and normalisation, from the model's timm data config."""
+"""How an image becomes a tensor: sizes, interpolation and normalization, from the model's timm data config."""
 
 from __future__ import annotations
 

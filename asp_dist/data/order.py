@@ -75,7 +75,7 @@ class EpochPlan:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps per epoch; the tail of ``num_samples % batch_size`` samples waits for other epochs."""
+        """Optimizer steps per epoch; the tail of ``num_samples % batch_size`` samples is left to later epochs."""
         return self.num_samples // self.batch_size
 
     def order(self, seed: int, epoch: int, shard: IndexArray | None = None) -> IndexArray:

@@ -25,7 +25,7 @@ STRICT = partial(diagnose, strict=True)  # PIL itself decodes here
 def build_transform(spec: ImageSpec, augment: AugmentConfig | None) -> Callable[[Any], Any]:
     """timm's training transform, or its evaluation transform without `augment`: PIL image to float32 [3, H, W].
 
-    timm leaves colour jitter out where there is a policy; DALI's pipelines do both.
+    timm leaves color jitter out where there is a policy; DALI's pipelines do both.
     """
     from timm.data import create_transform
 

@@ -26,12 +26,13 @@ def export_run(run_dir: Path, form: Format, output: Path | None = None) -> Path:
     Raises:
         UserError: the run has no finished model, or nothing says how many classes it has.
     """
-    from asp_dist.checkpoint.record import MODEL, load_config
+    from asp_dist.checkpoint.record import load_config
     from asp_dist.runs.evaluate_run import load_model, prunable_weights
+    from asp_dist.tracking.schema import MODEL_FILE
 
-    file = run_dir / MODEL
+    file = run_dir / MODEL_FILE
     if not file.is_file():
-        raise UserError(f"{file} is missing: the run is not finished; start `asp-dist train` again to go on")
+        raise UserError(f"{file} is missing: the run is not finished; start `asp-dist train` again to resume")
     target = output or run_dir / FILES[form]
     if form == "sparse":
         try:
@@ -54,10 +55,10 @@ def count_classes(run_dir: Path, file: Path) -> int:
     Raises:
         UserError: neither says.
     """
-    from asp_dist.checkpoint.record import SUMMARY
+    from asp_dist.tracking.schema import SUMMARY_FILE
 
     try:
-        return int(json.loads((run_dir / SUMMARY).read_text())["num_classes"])
+        return int(json.loads((run_dir / SUMMARY_FILE).read_text())["num_classes"])
     except (OSError, ValueError, KeyError, TypeError):
         pass  # a run from before the summary had it
     try:
@@ -68,6 +69,6 @@ def count_classes(run_dir: Path, file: Path) -> int:
         raise UserError(f"{file} cannot be read ({error}): the file is damaged") from error
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"neither {run_dir / SUMMARY} nor the metadata of {file} has the number of classes: add "
+            f"neither {run_dir / SUMMARY_FILE} nor the metadata of {file} has the number of classes: add "
             '"num_classes": N to the former'
         ) from error

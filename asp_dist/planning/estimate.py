@@ -94,7 +94,7 @@ def estimate_run(config: Config, *, measure_s: float = 8.0, network: Network | N
     totals = _totals(model, now)
     step = measure_step(config, model, optimizer, device, size, len(info.classes), measure_s) if measure_s > 0 else None
     if pruner is not None:
-        assumptions.append("layer sparsities: as at the start, had the budget to hold at once; training moves them")
+        assumptions.append("layer sparsities: as if the budget held from step 0; training will change them")
     plan = Estimate(
         model=config.model.name,
         input_size=size,
@@ -198,4 +198,7 @@ def _explain(plan: Estimate, network: Network) -> None:
         f"{network.node_bandwidth / 1e9:g} GB/s within a machine; α = {1e6 * network.latency:g} µs, β = "
         f"{network.bandwidth / 1e9:g} GB/s between machines; trees; nothing overlaps with backward, so it is an upper bound"
     )
-    say("hours: training and one validation per epoch (a third of a training image's time); reading images keeps up")
+    say(
+        "hours: training and one validation per epoch (a third of a training image's time); assumes data loading "
+        "is not the bottleneck"
+    )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from asp_dist.pruning import passes, projection
+from asp_dist.pruning import projection
 from asp_dist.pruning.budget import check_floors, network_costs, resolve_budget
 from asp_dist.pruning.control.controller import Problem, StepStats
 from asp_dist.pruning.density import DensityModel, LayerCounts, weight_threshold
@@ -20,8 +22,16 @@ from asp_dist.pruning.macs import macs_per_weight
 from asp_dist.pruning.options import Budget, Control, Hard, Operator, Ramp, Select, SparsityLoss
 from asp_dist.pruning.snapshot import Snapshot
 from asp_dist.pruning.statistics import LayerStatistics, LayerSums, means_are_chance
-from asp_dist.pruning.step_hooks import StepHooks
-from asp_dist.pruning.weights import LayerWeights, RankReducer, flat, local
+from asp_dist.pruning.weights import (
+    LayerWeights,
+    RankReducer,
+    checksum,
+    flat,
+    local,
+    pruned_dot,
+    scale_pruned_gradient_,
+    write_pruned,
+)
 
 
 class Pruner:
@@ -148,10 +158,8 @@ class Pruner:
             gradient = layer.flat_gradient()
             if gradient is not None:
                 pruned = layer.flat_pruned()
-                products[index] = passes.pruned_dot(
-                    gradient, layer.flat_dense(), pruned, thresholds[index], self.operator
-                )
-                passes.scale_pruned_gradient_(layer.gradient(), layer.pruned, self.gradient_scale)
+                products[index] = pruned_dot(gradient, layer.flat_dense(), pruned, thresholds[index], self.operator)
+                scale_pruned_gradient_(layer.gradient(), layer.pruned, self.gradient_scale)
             layer.swap_in_dense()
         scale = getattr(optimizer, "grad_scale", None)  # Fused optimizers unscale the gradients inside their step.
         for index, product in products.items():
@@ -230,7 +238,7 @@ class Pruner:
         for index, (layer, threshold) in enumerate(zip(self.layers, self._weight_thresholds())):
             if id(layer) in chosen:
                 mean = float(means[index]) if self.center and means is not None else 0.0
-                passes.write_pruned(self.operator, layer.flat_dense(), mean, threshold, layer.flat_pruned())
+                write_pruned(self.operator, layer.flat_dense(), mean, threshold, layer.flat_pruned())
 
     def _observe(self, sums: LayerSums) -> None:
         """Let the density model take in what was counted at the current thresholds."""
@@ -321,7 +329,7 @@ class Pruner:
         Raises:
             RuntimeError: ranks differ; names a layer that does, for thresholds the one that differs most.
         """
-        sums = [0.0 if layer.sharded else float(passes.checksum(flat(layer.pruned))) for layer in self.layers]
+        sums = [0.0 if layer.sharded else float(checksum(flat(layer.pruned))) for layer in self.layers]
         # Checksums are integers below 2^53, exact in float64.
         mine = torch.stack([self.thresholds, torch.tensor(sums, dtype=torch.float64)]).to(self.device)
         difference = self.reducer.max_minus_min(mine).cpu()
@@ -397,3 +405,64 @@ def _check_options(
             raise ValueError(f"{name} = {fraction} is outside [0, 1]")
     if ramp.needs_total_steps and ramp.total_steps is None:
         raise ValueError(f"{ramp} needs total_steps, the length of the run in optimizer steps")
+
+
+Callback = Callable[[Optimizer], None]
+
+
+class StepHooks:
+    """Attaches two callbacks to the step of one optimizer.
+
+    An optimizer's class that calls ``super().step()`` runs all hooks again inside of its step. Only the outermost call is
+    the step; it is recognized by the frame that it runs in.
+
+    Args:
+        optimizer: any torch optimizer; stepped without a closure.
+        before: called before each step.
+        after: called after each step that returned.
+    """
+
+    def __init__(self, optimizer: Optimizer, before: Callback, after: Callback) -> None:
+        self.optimizer, self.before, self.after = optimizer, before, after
+        self._frame: FrameType | None = None
+        if not getattr(type(optimizer).step, "hooked", False):
+            # A wrapper that skips Optimizer.__init__ (timm's Lookahead) would otherwise run no hooks.
+            optimizer._patch_step_function()
+        self._handles = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
+
+    def remove(self) -> None:
+        """Detach from the optimizer."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        caller = sys._getframe(1)
+        if self._frame is None:
+            if kwargs.get("closure") is not None or any(callable(argument) for argument in args[1:]):
+                raise ValueError(
+                    "optimizer.step(closure) runs the network inside the step, with dense weights: step without one"
+                )
+            self.before(optimizer)
+            self._frame = caller
+        elif not _is_running(self._frame, caller):
+            raise RuntimeError(
+                f"the last step of {type(optimizer).__name__} raised an error, and left the dense weights half updated: load "
+                "the last checkpoint, into a new Pruner"
+            )
+
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if sys._getframe(1) is self._frame:
+            self._frame = None
+            self.after(optimizer)
+
+
+def _is_running(frame: FrameType, innermost: FrameType) -> bool:
+    """Whether `frame` is among the frames that `innermost` was called from."""
+    current: FrameType | None = innermost
+    while current is not None and current is not frame:
+        current = current.f_back
+    return current is not None

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from asp_dist.pruning import passes
 from asp_dist.pruning.density import NEARBY
-from asp_dist.pruning.weights import LayerWeights, RankReducer
+from asp_dist.pruning.weights import LayerWeights, RankReducer, count_above, largest, moments
 
 # A count takes a pass over the weights. So a step counts layers of so many weights, or of this share of all weights, in turn.
 COUNTED_WEIGHTS = 2_000_000
@@ -70,7 +69,7 @@ class LayerStatistics:
 
         On a GPU it is also the step's one copy to the host.
         """
-        sums = [passes.moments(layer.flat_dense()) for layer in self.layers]
+        sums = [moments(layer.flat_dense()) for layer in self.layers]
         first = torch.stack([total for total, _ in sums]).double()
         second = torch.stack([squares for _, squares in sums]).double()
         reduced = torch.stack(self.reducer.reduce(products, first, second, *self._counts)).cpu()
@@ -110,8 +109,8 @@ class LayerStatistics:
         column = torch.zeros_like(self._counts[:, 0])
         column[0] = torch.count_nonzero(layer.pruned)
         if self.nearby:
-            column[1] = passes.count_above(layer.flat_dense(), NEARBY * threshold)
-            column[2 + layer.shard] = passes.largest(layer.flat_dense())
+            column[1] = count_above(layer.flat_dense(), NEARBY * threshold)
+            column[2 + layer.shard] = largest(layer.flat_dense())
         return column
 
     def state_dict(self) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from asp_dist.errors import UserError
 from asp_dist.report.curves import pareto
+from asp_dist.tracking.schema import SUMMARY_FILE
 
 # Key of the summary, heading, format.
 SHOWN = (
@@ -34,11 +35,11 @@ def read_summary(run_dir: Path) -> dict[str, Any]:
     Raises:
         UserError: there is none, or it cannot be read.
     """
-    path = run_dir / "summary.json"
+    path = run_dir / SUMMARY_FILE
     try:
         summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise UserError(f"{run_dir} holds no finished run: {path} is missing") from error
+        raise UserError(f"{run_dir} is not a finished run: {path} is missing") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
     if summary.get("macs") and summary.get("dense_macs"):
@@ -55,7 +56,7 @@ def print_comparison(run_dirs: Sequence[Path], *, as_json: bool = False, file: I
         file: where to print instead of the standard output.
 
     Raises:
-        UserError: a folder holds no finished run.
+        UserError: a folder is not a finished run.
     """
     found = [(run_dir, read_summary(run_dir)) for run_dir in run_dirs]
     points = [(s["sparsity"], s["top1"]) for _, s in found if "sparsity" in s and "top1" in s]

@@ -7,8 +7,26 @@ from typing import Any
 from asp_dist.report.plots import GREY, color
 from asp_dist.tracking.heat_map import Figure, axis, short
 from asp_dist.tracking.rows import Row
+from asp_dist.tracking.schema import (
+    DATA_TIME,
+    FORWARD_BACKWARD_TIME,
+    IMAGES_PER_SECOND,
+    LR,
+    MACS_DENSITY,
+    MEASURED_SPARSITY,
+    PREDICTED_SPARSITY,
+    STEP_TIME,
+    TARGET_SPARSITY,
+    THRESHOLD_LR,
+    TOTAL_SPARSITY,
+    TRAIN_LOSS,
+    VAL_EMA_TOP1,
+    VAL_LOSS,
+    VAL_TOP1,
+    VAL_TOP5,
+)
 
-POINTS = 600  # per trace; a longer series is averaged over neighbouring rows
+POINTS = 600  # per trace; a longer series is averaged over neighboring rows
 
 Rows = list[tuple[str, list[Row]]]  # name of the run, and its rows
 
@@ -17,7 +35,7 @@ Quantity = tuple[str, str, str]
 
 
 def thinned(x: list[float], y: list[float], points: int = POINTS) -> tuple[list[float], list[float]]:
-    """Means over equal runs of neighbours, `points` of them at most; the last point is kept as it is."""
+    """Means over equal runs of neighbors, `points` of them at most; the last point is kept as it is."""
     width = -(-len(x) // max(1, points - 1)) if len(x) > points else 1
     if width <= 1:
         return x, y
@@ -39,7 +57,7 @@ def series(rows: list[Row], key: str) -> tuple[list[Any], list[Any]]:
 
 
 def lines(runs: Rows, quantities: list[Quantity], title: str, *, form: str = "", log: bool = False) -> Figure | None:
-    """Quantities over epochs. One run: a colour per quantity. Several: a colour per run, a dash per quantity.
+    """Quantities over epochs. One run: a color per quantity. Several: a color per run, a dash per quantity.
 
     Args:
         runs: the rows of each run.
@@ -86,9 +104,9 @@ def accuracy(runs: Rows) -> Figure | None:
     return lines(
         runs,
         [
-            ("val/top1", "top-1", "solid"),
-            ("val/top5", "top-5", "dot"),
-            ("val/ema_top1", "top-1 of the average", "dash"),
+            (VAL_TOP1, "top-1", "solid"),
+            (VAL_TOP5, "top-5", "dot"),
+            (VAL_EMA_TOP1, "top-1 of the average", "dash"),
         ],
         "accuracy",
         form=".1%",
@@ -97,16 +115,16 @@ def accuracy(runs: Rows) -> Figure | None:
 
 def losses(runs: Rows) -> Figure | None:
     """Training and validation loss over epochs."""
-    return lines(runs, [("train/loss", "training", "solid"), ("val/loss", "validation", "dash")], "loss")
+    return lines(runs, [(TRAIN_LOSS, "training", "solid"), (VAL_LOSS, "validation", "dash")], "loss")
 
 
 def sparsities(runs: Rows) -> Figure | None:
     """Target, predicted and measured sparsity over epochs."""
     quantities: list[Quantity] = [
-        ("sparsity/measured", "measured", "solid"),
-        ("sparsity/predicted", "predicted", "dash"),
-        ("sparsity/all", "over all weights", "dashdot"),
-        ("sparsity/target", "target", "dot"),
+        (MEASURED_SPARSITY, "measured", "solid"),
+        (PREDICTED_SPARSITY, "predicted", "dash"),
+        (TOTAL_SPARSITY, "over all weights", "dashdot"),
+        (TARGET_SPARSITY, "target", "dot"),
     ]
     # Of several runs only what was reached and what was asked for: more lines could not be told apart.
     return lines(runs, quantities if len(runs) == 1 else quantities[::3], "sparsity", form=".1%")
@@ -114,35 +132,33 @@ def sparsities(runs: Rows) -> Figure | None:
 
 def costs(runs: Rows) -> Figure | None:
     """Multiply-adds left, as a share of the dense network's."""
-    return lines(runs, [("cost/macs_density", "multiply-adds left", "solid")], "share of the dense network", form=".1%")
+    return lines(runs, [(MACS_DENSITY, "multiply-adds left", "solid")], "share of the dense network", form=".1%")
 
 
 def rates(runs: Rows) -> Figure | None:
     """Learning rates."""
-    quantities: list[Quantity] = [("train/lr", "weights", "solid"), ("train/threshold_lr", "thresholds", "dash")]
+    quantities: list[Quantity] = [(LR, "weights", "solid"), (THRESHOLD_LR, "thresholds", "dash")]
     return lines(runs, quantities, "learning rate", log=True)
 
 
 def speed(runs: Rows) -> Figure | None:
     """Images per second over epochs."""
-    return lines(runs, [("train/images_per_second", "images/s", "solid")], "images per second")
+    return lines(runs, [(IMAGES_PER_SECOND, "images/s", "solid")], "images per second")
 
 
-PHASES = (("time/data", "waiting for images"), ("time/forward_backward", "forward and backward"))
+PHASES = ((DATA_TIME, "waiting for images"), (FORWARD_BACKWARD_TIME, "forward and backward"))
 
 
 def step_time(runs: Rows) -> Figure | None:
     """Where a step's time goes, the mean over the later half of the run, in milliseconds."""
-    later = [(name, [row for row in rows if short(row.get("time/step"))]) for name, rows in runs]
+    later = [(name, [row for row in rows if short(row.get(STEP_TIME))]) for name, rows in runs]
     later = [(name, rows[len(rows) // 2 :]) for name, rows in later if rows]
     if not later:
         return None
     means = {}
-    for key in ("time/data", "time/forward_backward", "time/step"):
+    for key in (DATA_TIME, FORWARD_BACKWARD_TIME, STEP_TIME):
         means[key] = [1e3 * sum(row.get(key) or 0.0 for row in rows) / len(rows) for _, rows in later]
-    rest = [
-        max(0.0, t - d - f) for t, d, f in zip(means["time/step"], means["time/data"], means["time/forward_backward"])
-    ]
+    rest = [max(0.0, t - d - f) for t, d, f in zip(means[STEP_TIME], means[DATA_TIME], means[FORWARD_BACKWARD_TIME])]
     bars = [(label, means[key]) for key, label in PHASES] + [("optimizer, pruning, the rest", rest)]
     data = [
         {
@@ -167,7 +183,7 @@ def step_time(runs: Rows) -> Figure | None:
 
 
 def front(runs: Rows, finals: list[tuple[str, float | None, float | None]]) -> Figure | None:
-    """Accuracy against sparsity: each run's way and its end, and the front that no run beats.
+    """Accuracy against sparsity: each run's trajectory and end point, and the Pareto front.
 
     Args:
         runs: the evaluation rows of each run.
@@ -176,9 +192,9 @@ def front(runs: Rows, finals: list[tuple[str, float | None, float | None]]) -> F
     data: list[dict[str, Any]] = []
     for index, (name, rows) in enumerate(runs):
         points = [
-            (r["sparsity/measured"], r["val/top1"])
+            (r[MEASURED_SPARSITY], r[VAL_TOP1])
             for r in rows
-            if short(r.get("sparsity/measured")) is not None and short(r.get("val/top1")) is not None
+            if short(r.get(MEASURED_SPARSITY)) is not None and short(r.get(VAL_TOP1)) is not None
         ]
         if points:
             data.append(_way(name, points, index))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from asp_dist.tracking.schema import MODEL_FILE
+
 BINS = 80
 RANGE = 4.0  # in units of a layer's standard deviation
 DENSE = "dense."
@@ -32,7 +34,7 @@ class Histogram:
 def latest_checkpoint(run_dir: Path) -> Path | None:
     """The newest checkpoint folder that holds a pruner's dense weights, or None."""
     files = sorted((run_dir / "checkpoints").glob("step-*/pruner.safetensors"))
-    files = [file for file in files if (file.parent / "model.safetensors").exists()]
+    files = [file for file in files if (file.parent / MODEL_FILE).exists()]
     return files[-1].parent if files else None
 
 
@@ -47,7 +49,7 @@ def histograms(run_dir: Path) -> list[Histogram]:
     found = []
     with (
         safe_open(str(folder / "pruner.safetensors"), framework="pt") as pruner,
-        safe_open(str(folder / "model.safetensors"), framework="pt") as model,
+        safe_open(str(folder / MODEL_FILE), framework="pt") as model,
     ):
         weights = set(model.keys())
         for key in (k for k in pruner.keys() if k.startswith(DENSE)):  # noqa: SIM118  # it is no mapping

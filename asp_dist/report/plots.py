@@ -13,7 +13,7 @@ GREY = "#6b7280"
 
 
 def color(index: int) -> str:
-    """The colour of the run or series number `index`."""
+    """The color of the run or series number `index`."""
     return COLORS[index % len(COLORS)]
 
 

@@ -1,4 +1,4 @@
-"""The table that ends a run."""
+"""The final results table."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from rich.table import Table
 
 from asp_dist.pruning.names import LayerRow
 from asp_dist.tracking.layer_rows import is_pruned
+from asp_dist.tracking.schema import LAYERS_FILE, METRICS_FILE, MODEL_FILE, REPORT_FILE, SUMMARY_FILE
 from asp_dist.tracking.wandb.wandb_run import sync_line
 
-FILES = ("model.safetensors", "report.html", "metrics.jsonl", "layers.json", "summary.json")
+FILES = (MODEL_FILE, REPORT_FILE, METRICS_FILE, LAYERS_FILE, SUMMARY_FILE)
 
 
 def print_results(

@@ -20,6 +20,17 @@ from asp_dist.tracking.console import duration
 from asp_dist.tracking.heat_map import Figure, axis, heat_map
 from asp_dist.tracking.layer_rows import LayerHistory, estimate_error, is_pruned, read_history, read_layers
 from asp_dist.tracking.rows import Row, kind_of, read_rows
+from asp_dist.tracking.schema import (
+    CONFIG_FILE,
+    IMAGES_PER_SECOND,
+    MEASURED_SPARSITY,
+    METRICS_FILE,
+    REPORT_FILE,
+    SUMMARY_FILE,
+    TARGET_SPARSITY,
+    VAL_TOP1,
+    VAL_TOP5,
+)
 
 HEAT_COLUMNS = 120
 EVENTS = 400
@@ -60,11 +71,11 @@ def load_run(run_dir: Path) -> RunRecord:
     Raises:
         UserError: there is no run in that folder.
     """
-    rows = read_rows(run_dir / "metrics.jsonl")
+    rows = read_rows(run_dir / METRICS_FILE)
     if not rows:
-        raise UserError(f"{run_dir} holds no run: {run_dir / 'metrics.jsonl'} is missing or empty")
-    summary = run_dir / "summary.json"
-    config = run_dir / "config.yaml"
+        raise UserError(f"{run_dir} contains no run: {run_dir / METRICS_FILE} is missing or empty")
+    summary = run_dir / SUMMARY_FILE
+    config = run_dir / CONFIG_FILE
     return RunRecord(
         dir=run_dir,
         name=run_dir.resolve().name,
@@ -88,14 +99,14 @@ def write_report(run_dirs: Sequence[Path | str], out: Path | str | None = None) 
         The file's path.
 
     Raises:
-        UserError: a folder holds no run, or none is given.
+        UserError: a folder contains no run, or none is given.
     """
     if not run_dirs:
         raise UserError("a report needs at least one run folder, such as runs/quickstart")
     runs = [load_run(Path(run_dir)) for run_dir in run_dirs]
     if out is None:
         folder = runs[0].dir if len(runs) == 1 else runs[0].dir.resolve().parent
-        out = folder / "report.html"
+        out = folder / REPORT_FILE
     path = Path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(build_page(runs).render(), encoding="utf-8")
@@ -107,7 +118,7 @@ def try_report(run_dir: Path) -> None:
     try:
         write_report([run_dir])
     except Exception as error:
-        log.warning("%s is not written: %s: %s", run_dir / "report.html", type(error).__name__, error)
+        log.warning("%s is not written: %s: %s", run_dir / REPORT_FILE, type(error).__name__, error)
 
 
 def build_page(runs: list[RunRecord]) -> Page:
@@ -132,11 +143,11 @@ def build_page(runs: list[RunRecord]) -> Page:
 def tiles(run: RunRecord) -> list[tuple[str, str]]:
     """A run's key figures: (value, what it is)."""
     shown: list[tuple[str, str]] = []
-    for key, row_key, label in (("top1", "val/top1", "top-1"), ("top5", "val/top5", "top-5")):
+    for key, row_key, label in (("top1", VAL_TOP1, "top-1"), ("top5", VAL_TOP5, "top-5")):
         value = run.result(key, row_key)
         if value is not None:
             shown.append((f"{value:.2%}", label))
-    sparsity, target = run.result("sparsity", "sparsity/measured"), run.result("target_sparsity", "sparsity/target")
+    sparsity, target = run.result("sparsity", MEASURED_SPARSITY), run.result("target_sparsity", TARGET_SPARSITY)
     if sparsity is not None:
         shown.append((f"{sparsity:.2%}", "sparsity"))
     if target is not None:
@@ -145,7 +156,7 @@ def tiles(run: RunRecord) -> list[tuple[str, str]]:
         shown.append((f"{run.summary['nonzero_weights']:,}", "weights left"))
     if run.summary.get("macs") and run.summary.get("dense_macs"):
         shown.append((f"{run.summary['macs'] / run.summary['dense_macs']:.1%}", "multiply-adds left"))
-    speed = run.result("images_per_second", "train/images_per_second")
+    speed = run.result("images_per_second", IMAGES_PER_SECOND)
     if speed is not None:
         shown.append((f"{speed:,.0f}", "images/s"))
     if run.summary.get("seconds") is not None:
@@ -157,13 +168,13 @@ def _training(page: Page, runs: list[RunRecord]) -> None:
     everything = [(run.name, run.rows) for run in runs]
     evaluations = [(run.name, run.of("eval")) for run in runs]
     training = [(run.name, run.of("train")) for run in runs]
-    ends = [(r.name, r.result("sparsity", "sparsity/measured"), r.result("top1", "val/top1")) for r in runs]
+    ends = [(r.name, r.result("sparsity", MEASURED_SPARSITY), r.result("top1", VAL_TOP1)) for r in runs]
     page.section("Training")
     page.plots(
         [
             ("Accuracy", "On the validation images, after each evaluation.", curves.accuracy(evaluations)),
             ("Sparsity", "Share of zero weights against the target.", curves.sparsities(training)),
-            ("Loss", "Long series are averaged over neighbouring rows.", curves.losses(everything)),
+            ("Loss", "Long series are averaged over neighboring rows.", curves.losses(everything)),
             ("Accuracy against sparsity", "Up and to the right is better.", curves.front(evaluations, ends)),
             ("Multiply-adds", "Of one image, as a share of the dense network's.", curves.costs(training)),
             ("Learning rates", "Of the weights and of the thresholds.", curves.rates(training)),
@@ -280,9 +291,9 @@ def _running(page: Page, runs: list[RunRecord]) -> None:
         page.note("None were recorded.")
     page.section("Configuration")
     for run in runs:
-        page.folded(f"{run.name}: config.yaml", run.config or "not found")
+        page.folded(f"{run.name}: {CONFIG_FILE}", run.config or "not found")
         if run.summary:
-            page.folded(f"{run.name}: summary.json", json.dumps(run.summary, indent=1))
+            page.folded(f"{run.name}: {SUMMARY_FILE}", json.dumps(run.summary, indent=1))
 
 
 def _clock(seconds: float | None) -> str:

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.data import resolve_model_data_config
 
+from asp_dist.tracking.schema import LAYERS_FILE, VAL_LOSS, VAL_SAMPLES, VAL_TOP1, VAL_TOP5
 from asp_dist.config import Config
 from asp_dist.data import build_loaders, inspect_data
 from asp_dist.errors import UserError
@@ -20,7 +21,8 @@ from asp_dist.models import check_model_name
 from asp_dist.training.build import place_model
 from asp_dist.training.evaluation import evaluate_model
 from asp_dist.training.validation import count_zeros
-from asp_dist.checkpoint.record import MODEL, load_config
+from asp_dist.checkpoint.record import load_config
+from asp_dist.tracking.schema import MODEL_FILE
 from asp_dist.training.world import World, init_world
 
 
@@ -35,9 +37,9 @@ def evaluate(run_dir: Path) -> dict[str, Any]:
         UserError: no finished run there, or its data are gone.
     """
     config = load_config(run_dir)
-    file = run_dir / MODEL
+    file = run_dir / MODEL_FILE
     if not file.is_file():
-        raise UserError(f"{file} is missing: the run is not finished; start `asp-dist train` again to go on")
+        raise UserError(f"{file} is missing: the run is not finished; start `asp-dist train` again to resume")
     world = World(device=init_world(config.training.device).device)
     model = load_model(config, file, len(inspect_data(config.data).classes))
     model_data = resolve_model_data_config(model)
@@ -54,10 +56,10 @@ def evaluate(run_dir: Path) -> dict[str, Any]:
         loaders.close()
     nonzero, prunable = count_zeros(prunable_weights(run_dir, load_file(file)))
     return {
-        "top1": results["val/top1"],
-        "top5": results["val/top5"],
-        "loss": results["val/loss"],
-        "samples": results["val/samples"],
+        "top1": results[VAL_TOP1],
+        "top5": results[VAL_TOP5],
+        "loss": results[VAL_LOSS],
+        "samples": results[VAL_SAMPLES],
         "sparsity": 1.0 - nonzero / prunable if prunable else 0.0,
         "nonzero_weights": nonzero,
         "prunable_weights": prunable,
@@ -87,7 +89,7 @@ def load_model(config: Config, file: Path, num_classes: int) -> torch.nn.Module:
 def prunable_weights(run_dir: Path, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The weights of the layers that ``layers.json`` says were pruned; all matrices without that file."""
     try:
-        rows = json.loads((run_dir / "layers.json").read_text())
+        rows = json.loads((run_dir / LAYERS_FILE).read_text())
     except (OSError, ValueError):
         return {name: weight for name, weight in weights.items() if weight.dim() > 1}
     rows = rows["layers"] if isinstance(rows, dict) else rows

@@ -1,4 +1,4 @@
-"""What a running job shows in a terminal: one calm live screen; elsewhere a few plain lines, JSON rows, or nothing."""
+"""What a running job shows in a terminal: a live screen; elsewhere a few plain lines, JSON rows, or nothing."""
 
 from __future__ import annotations
 
@@ -16,6 +16,16 @@ from rich.text import Text
 
 from asp_dist.config import Config
 from asp_dist.tracking.rows import kind_of
+from asp_dist.tracking.schema import (
+    EVAL,
+    EVENT,
+    IMAGES_PER_SECOND,
+    MEASURED_SPARSITY,
+    TARGET_SPARSITY,
+    TRAIN,
+    TRAIN_LOSS,
+    VAL_TOP1,
+)
 
 Style = Literal["auto", "live", "plain", "json", "quiet"]
 
@@ -58,13 +68,13 @@ class Console:
             return
         kind = kind_of(row)
         self._values.update({key: value for key, value in row.items() if value is not None})
-        if self._first is None and kind == "train":
+        if self._first is None and kind == TRAIN:
             self._first = (int(row["step"]), float(row.get("time", time.time())))
-        if kind == "event":
+        if kind == EVENT:
             self._note(row)
         if self.style == "live":
             self._draw()
-        elif kind == "eval" or (kind == "train" and time.monotonic() - self._printed >= PLAIN_EVERY_S):
+        elif kind == EVAL or (kind == TRAIN and time.monotonic() - self._printed >= PLAIN_EVERY_S):
             self._printed = time.monotonic()
             self._rich.print(self._line())
 
@@ -105,16 +115,16 @@ class Console:
         """Name and printed value of everything on the screen, in order."""
         v = self._values
         epochs, total = self.config.schedule.epochs, self.total_steps
-        target = v.get("sparsity/target")
-        measured = _percent(v.get("sparsity/measured"), 2)
+        target = v.get(TARGET_SPARSITY)
+        measured = _percent(v.get(MEASURED_SPARSITY), 2)
         left = self.time_left()
         return {
             "epoch": f"{v['epoch']:.1f}/{epochs}" if "epoch" in v else "-",
             "step": f"{v['step']}/{total}" if "step" in v and total else str(v.get("step", "-")),
-            "loss": f"{v['train/loss']:.4f}" if "train/loss" in v else "-",
-            "top-1": _percent(v.get("val/top1"), 2),
+            "loss": f"{v[TRAIN_LOSS]:.4f}" if TRAIN_LOSS in v else "-",
+            "top-1": _percent(v.get(VAL_TOP1), 2),
             "sparsity": f"{measured} of {_percent(target, 2)}" if target is not None else measured,
-            "images/s": f"{v['train/images_per_second']:,.0f}" if "train/images_per_second" in v else "-",
+            "images/s": f"{v[IMAGES_PER_SECOND]:,.0f}" if IMAGES_PER_SECOND in v else "-",
             "left": duration(left) if left is not None else "-",
         }
 

@@ -24,7 +24,7 @@ def axis(title: str, **more: Any) -> dict[str, Any]:
 
 
 def heat_map(history: LayerHistory, key: str = "measured_sparsity") -> Figure:
-    """One row per layer from the input on top to the output, one column per evaluation; sparsity as colour."""
+    """One row per layer from the input on top to the output, one column per evaluation; sparsity as color."""
     trace = {
         "type": "heatmap",
         "z": [[short(value, 4) for value in layer] for layer in zip(*history.series[key])],

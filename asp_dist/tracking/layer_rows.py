@@ -9,6 +9,7 @@ from typing import Any, cast
 from asp_dist.files import write_text
 from asp_dist.pruning.names import LayerRow
 from asp_dist.tracking.rows import MetricsFile, plain, read_rows
+from asp_dist.tracking.schema import LAYERS, LAYERS_FILE, LAYERS_HISTORY_FILE
 
 # One row per layer, in this order in every table that is shown.
 COLUMNS = ("name", "type", "shape", "weights", "macs", "threshold", "sigma", "predicted_sparsity", "measured_sparsity")
@@ -66,14 +67,14 @@ class LayerHistory:
 def read_history(run_dir: Path) -> LayerHistory:
     """What ``layers.jsonl`` of a run holds; empty if there is none."""
     history = LayerHistory()
-    for row in read_rows(run_dir / "layers.jsonl"):
+    for row in read_rows(run_dir / LAYERS_HISTORY_FILE):
         history.add(int(row["step"]), row)
     return history
 
 
 def read_layers(run_dir: Path) -> list[LayerRow]:
     """The latest layer rows of a run, unpruned layers included; empty if there are none."""
-    path = run_dir / "layers.json"
+    path = run_dir / LAYERS_FILE
     if not path.exists():
         return []
     rows: list[LayerRow] = json.loads(path.read_text(encoding="utf-8"))
@@ -96,7 +97,7 @@ class LayerFile:
 
     def __init__(self, run_dir: Path, resume_step: int = 0) -> None:
         self.run_dir = run_dir
-        self._file = MetricsFile(run_dir / "layers.jsonl", resume_step)
+        self._file = MetricsFile(run_dir / LAYERS_HISTORY_FILE, resume_step)
         self.history = LayerHistory()
         for row in self._file.kept:
             self.history.add(int(row["step"]), row)
@@ -105,11 +106,11 @@ class LayerFile:
         """Record the layers at `step`; False where that step stands already."""
         pruned = [row for row in rows if is_pruned(row)]
         columns = {key: [_rounded(row.get(key)) for row in pruned] for key in ("name", *SERIES)}
-        written = self._file.append(step, {"kind": "layers", **columns})
+        written = self._file.append(step, {"kind": LAYERS, **columns})
         if written is None:
             return False
         self.history.add(step, written)
-        write_json(self.run_dir / "layers.json", rows)
+        write_json(self.run_dir / LAYERS_FILE, rows)
         return True
 
     def close(self) -> None:

@@ -10,6 +10,8 @@ import zlib
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from asp_dist.tracking.schema import EVAL, EVENT, TRAIN, VAL
+
 Row = dict[str, Any]
 
 
@@ -33,8 +35,8 @@ def kind_of(row: Row) -> str:
     if "kind" in row:
         return str(row["kind"])
     if "event" in row:
-        return "event"
-    return "eval" if any(key.startswith("val/") for key in row) else "train"
+        return EVENT
+    return EVAL if any(key.startswith(VAL) for key in row) else TRAIN
 
 
 def parse(line: str) -> Row | None:
@@ -73,7 +75,7 @@ class MetricsFile:
     def append(self, step: int, row: Row) -> Row | None:
         """Write `row` at `step`; returns the row as written, or None where that step of that kind stands already."""
         kind = kind_of(row)
-        if kind != "event" and step <= self.last_step.get(kind, -1):
+        if kind != EVENT and step <= self.last_step.get(kind, -1):
             return None
         self.last_step[kind] = step
         written = {"step": step, "kind": kind, "time": round(time.time(), 3), **{k: plain(v) for k, v in row.items()}}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import threading
+import time
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -10,18 +12,98 @@ from typing import Any, Self
 
 from asp_dist.config import Config
 from asp_dist.pruning.names import LayerRow
-from asp_dist.tracking.alerts import Heartbeat, Watch
 from asp_dist.tracking.console import duration
 from asp_dist.tracking.layer_rows import LayerFile, read_layers
 from asp_dist.tracking.rows import MetricsFile, Row
+from asp_dist.tracking.schema import DATA_TIME, METRICS_FILE, STEP_TIME, TRAIN_LOSS, WARNING
 from asp_dist.tracking.wandb import wandb_run
+
+Alert = tuple[str, str]
+
+STARVED_SHARE = 0.5  # of a step's time spent waiting for images
+STARVED_ROWS = 5  # such rows in a row
+BUDGET_TOLERANCE = 5e-4
+SILENT_LEAST_S = 600.0  # without a row, and
+SILENT_INTERVALS = 20  # times as long as between the last two
+
+
+class Watch:
+    """Looks at rows as they are logged; each kind of trouble is reported once until it clears."""
+
+    def __init__(self) -> None:
+        self._bad_loss = False
+        self._starved = 0
+
+    def row(self, row: dict[str, Any]) -> list[Alert]:
+        """Alerts that `row` gives rise to: a loss that is not finite, workers that wait for images."""
+        alerts: list[Alert] = []
+        if TRAIN_LOSS in row:
+            bad = row[TRAIN_LOSS] is None or not math.isfinite(row[TRAIN_LOSS])
+            if bad and not self._bad_loss:
+                alerts.append(("Loss is not finite", f"{TRAIN_LOSS} = {row[TRAIN_LOSS]}"))
+            self._bad_loss = bad
+        if row.get(STEP_TIME):
+            share = row.get(DATA_TIME, 0.0) / row[STEP_TIME]
+            self._starved = self._starved + 1 if share > STARVED_SHARE else 0
+            if self._starved == STARVED_ROWS:
+                text = f"workers wait for images during {share:.0%} of a step; raise data.threads or data.prefetch"
+                alerts.append(("Input is stalled", text))
+        return alerts
+
+    def summary(self, summary: dict[str, Any]) -> list[Alert]:
+        """Alerts at the end: the budget was missed."""
+        measured, target = summary.get("sparsity"), summary.get("target_sparsity")
+        if measured is None or target is None or measured >= target - BUDGET_TOLERANCE:
+            return []
+        return [("Budget missed", f"sparsity {measured:.4%} of the prunable weights, budget {target:.4%}")]
+
+
+class Heartbeat:
+    """Calls `on_silence` with the seconds passed when no row has come for far longer than usual; once per silence.
+
+    A pipeline that hangs, or a worker that waits for another one, gives no row that could be looked at.
+    """
+
+    def __init__(self, on_silence: Callable[[float], None], least_s: float = SILENT_LEAST_S) -> None:
+        self.least_s = least_s
+        self._on_silence = on_silence
+        self._interval = 0.0
+        self._last: float | None = None
+        self._changed = threading.Event()
+        self._closed = False
+        self._thread = threading.Thread(target=self._wait, name="heartbeat", daemon=True)
+        self._thread.start()
+
+    def beat(self) -> None:
+        """Record that a row arrived."""
+        now = time.monotonic()
+        self._interval = 0.0 if self._last is None else now - self._last
+        self._last = now
+        self._changed.set()
+
+    def close(self) -> None:
+        """Stop watching."""
+        self._closed = True
+        self._changed.set()
+        self._thread.join()
+
+    def _wait(self) -> None:
+        limit: float | None = None  # before the first row anything may take long: start-up, compilation
+        while not self._closed:
+            came = self._changed.wait(limit)
+            self._changed.clear()
+            if came:
+                limit = None if self._last is None else max(self.least_s, SILENT_INTERVALS * self._interval)
+            elif limit is not None:
+                self._on_silence(limit)
+                limit = None
 
 
 class Tracker:
     """Takes a run's rows; this one drops them (ranks other than 0). Usable in a ``with`` block, which finishes it."""
 
     def log(self, step: int, row: Row) -> None:
-        """Record `row` after `step` optimizer steps; a step of a kind that stands already is dropped."""
+        """Record `row` after `step` optimizer steps; duplicate steps of the same kind are dropped."""
 
     def log_layers(self, step: int, rows: list[LayerRow]) -> None:
         """Record the layers' rows (see `asp_dist.tracking.layer_rows.COLUMNS`) after `step` optimizer steps."""
@@ -97,7 +179,7 @@ class RunTracker(Tracker):
     def alert(self, title: str, text: str) -> None:
         """A warning row in the record, and an alert in wandb."""
         with self._lock:
-            self._metrics.append(self._step, {"event": "warning", "message": f"{title}: {text}"})
+            self._metrics.append(self._step, {"event": WARNING, "message": f"{title}: {text}"})
         self._to_wandb(lambda run: run.alert(title, text))
 
     def finish(self, summary: dict[str, Any] | None = None, exit_code: int = 0) -> None:
@@ -114,7 +196,7 @@ class RunTracker(Tracker):
         self._metrics.close()
 
     def _to_wandb(self, call: Callable[[wandb_run.WandbRun], None]) -> None:
-        """Run `call`; wandb failing is said in the record and ends wandb for this run, not the training."""
+        """Run `call`; a failure of wandb is recorded and ends tracking there, not the training."""
         if self._run is None:
             return
         try:
@@ -122,7 +204,7 @@ class RunTracker(Tracker):
         except Exception as error:
             self._run = None
             text = f"wandb failed ({type(error).__name__}: {error}); the run goes on in {self._metrics.path}"
-            self._metrics.append(self._step, {"event": "warning", "message": text})
+            self._metrics.append(self._step, {"event": WARNING, "message": text})
 
 
 def build_tracker(config: Config, run_dir: Path, *, rank: int, resume_step: int = 0) -> Tracker:
@@ -141,7 +223,7 @@ def build_tracker(config: Config, run_dir: Path, *, rank: int, resume_step: int 
         return Tracker()
     run_dir.mkdir(parents=True, exist_ok=True)
     run = wandb_run.start(config, run_dir)
-    metrics = MetricsFile(run_dir / "metrics.jsonl", resume_step)
+    metrics = MetricsFile(run_dir / METRICS_FILE, resume_step)
     tracker = RunTracker(run_dir, metrics, LayerFile(run_dir, resume_step), run)
     if run and run.mode.reason:
         message = f"wandb tracks this run offline: {run.mode.reason}. Upload it later: {wandb_run.sync_line(run_dir)}"

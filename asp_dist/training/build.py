@@ -55,7 +55,7 @@ def check_optimizer(name: str) -> None:
     names = list_optimizers()
     if name.lower() not in names:
         close = difflib.get_close_matches(name, names, n=3) or names[:3]
-        raise UserError(f"optimizer.name = {name!r} is unknown to timm; close: {', '.join(close)}")
+        raise UserError(f"optimizer.name = {name!r} is not in timm; did you mean {' or '.join(close)}?")
 
 
 def _betas(kind: Any, first: float) -> dict[str, Any]:
@@ -135,7 +135,7 @@ def place_model(config: TrainingConfig, model: nn.Module, world: World) -> nn.Mo
     if config.sync_batch_norm and world.world_size > 1:
         if world.device.type != "cuda":
             raise UserError(
-                "training.sync_batch_norm = true needs CUDA: torch has no synchronised batch norm on the CPU"
+                "training.sync_batch_norm = true needs CUDA: torch has no synchronized batch norm on the CPU"
             )
         model = convert_sync_batchnorm(model)
     if config.parallel == "fsdp" and world.world_size > 1:

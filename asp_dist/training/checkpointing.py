@@ -1,4 +1,4 @@
-"""When a run is saved, and how it goes on from what was saved."""
+"""When a run is saved, and how it resumes."""
 
 from __future__ import annotations
 
@@ -8,26 +8,38 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from asp_dist.checkpoint.format import Manifest
+from asp_dist.checkpoint.format import Manifest, versions
 from asp_dist.checkpoint.manager import CheckpointManager, Event, Found
-from asp_dist.checkpoint.record import CONFIG, IDENTITY, MODEL, SUMMARY, run_dir, versions
-from asp_dist.checkpoint.remote_storage import METRICS, Mirror, RemoteStore, open_storage
+from asp_dist.checkpoint.record import run_dir
+from asp_dist.checkpoint.remote_storage import Mirror, RemoteStore, open_storage
 from asp_dist.checkpoint.storage import LocalStore, Store
 from asp_dist.config import Config, differences, to_dict
 from asp_dist.errors import UserError
 from asp_dist.files import WAITS_S, retry
 from asp_dist.tracking.rows import dropped_name, read_rows
+from asp_dist.tracking.schema import (
+    CONFIG_FILE,
+    EVENT,
+    IDENTITY_FILE,
+    LAYERS_FILE,
+    LAYERS_HISTORY_FILE,
+    METRICS_FILE,
+    MODEL_FILE,
+    REPORT_FILE,
+    SUMMARY_FILE,
+    WARNING,
+)
 from asp_dist.training.run import Run, capture_state, restore_state
 
 log = logging.getLogger(__name__)
 
 
-# What a run goes on from beside its checkpoint; the files that say whose the folder is come last.
+# What a run resumes from besides its checkpoint; the files that say whose the folder is come last.
 RECORD = (
-    *(METRICS, dropped_name(METRICS), "layers.jsonl", dropped_name("layers.jsonl")),
-    *("wandb_id", IDENTITY, CONFIG),
+    *(METRICS_FILE, dropped_name(METRICS_FILE), LAYERS_HISTORY_FILE, dropped_name(LAYERS_HISTORY_FILE)),
+    *("wandb_id", IDENTITY_FILE, CONFIG_FILE),
 )
-RESULTS = (*RECORD, "layers.json", "report.html", MODEL, SUMMARY)
+RESULTS = (*RECORD, LAYERS_FILE, REPORT_FILE, MODEL_FILE, SUMMARY_FILE)
 
 
 def build_checkpoint_manager(config: Config, identity: str) -> CheckpointManager:
@@ -81,7 +93,7 @@ def fetch_record(config: Config) -> None:
 
 def check_identity(config: Config, mirror: Mirror) -> None:
     """Raise `UserError` if the folder and the store have records of different runs."""
-    theirs, ours = mirror.read(IDENTITY), run_dir(config) / IDENTITY
+    theirs, ours = mirror.read(IDENTITY_FILE), run_dir(config) / IDENTITY_FILE
     if theirs is None or not ours.is_file():
         return
     try:
@@ -91,19 +103,19 @@ def check_identity(config: Config, mirror: Mirror) -> None:
     if there != here:
         raise UserError(
             f"{config.output.storage} has another run called {config.name!r} ({there}) than {run_dir(config)} ({here}): give "
-            "this run another name (--name), or remove the folder to go on with the run in the store"
+            "this run another name (--name), or remove the folder to resume the run in the store"
         )
 
 
 def send_results(run: Run) -> None:
-    """Copy the run's results to ``output.storage``. For rank 0; what fails is said, the results are here as well."""
+    """Copy the run's results to ``output.storage``; on rank 0. A failure is logged: the results are in the run's folder too."""
     mirror = build_mirror(run.config)
     if mirror is None:
         return
     try:
         mirror.send(RESULTS)
     except OSError as error:
-        log_events(run, [Event("warning", f"results not copied to {run.config.output.storage}: {error}")])
+        log_events(run, [Event(WARNING, f"results not copied to {run.config.output.storage}: {error}")])
 
 
 def due(run: Run) -> bool:
@@ -143,7 +155,7 @@ def save_and_wait(run: Run) -> str:
     run.checkpoints.wait()
     events = run.checkpoints.events()
     log_events(run, events)
-    failed = [event.message for event in events if event.kind == "warning"]
+    failed = [event.message for event in events if event.kind == WARNING]
     return run.world.share(f"its checkpoint failed: {failed[-1]}" if failed else "")
 
 
@@ -206,7 +218,7 @@ def resume(run: Run, places: Sequence[str | None] = ()) -> Resumed:
 
 def refuse_to_start_over(run: Run, stores: Sequence[Store]) -> None:
     """Raise `UserError` if the run's record says that checkpoints were saved, of which none is left."""
-    rows = read_rows(run.folder / "metrics.jsonl")
+    rows = read_rows(run.folder / METRICS_FILE)
     saved = [row["message"] for row in rows if row.get("event") == "checkpoint"]
     if saved:
         places = " and ".join(store.where("") for store in (run.checkpoints.store, *stores))
@@ -236,5 +248,5 @@ def changes(run: Run, manifest: Manifest) -> list[str]:
 def log_events(run: Run, events: list[Event]) -> None:
     """Put the manager's events into the run's record."""
     for event in events:
-        (log.warning if event.kind == "warning" else log.info)(event.message)
-        run.tracker.log(run.step, {"kind": "event", "event": event.kind, "message": event.message})
+        (log.warning if event.kind == WARNING else log.info)(event.message)
+        run.tracker.log(run.step, {"kind": EVENT, "event": event.kind, "message": event.message})

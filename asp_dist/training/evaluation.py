@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from asp_dist.config import TrainingConfig
+from asp_dist.tracking.schema import VAL_LOSS, VAL_SAMPLES, VAL_TOP1, VAL_TOP5
 from asp_dist.training.build import DTYPES
 from asp_dist.training.world import World
 
@@ -47,7 +48,7 @@ def evaluate_model(
             on_batch()
     loss, top1, top5, samples = world.sum_(sums).tolist()
     count = max(samples, 1.0)
-    return {"val/loss": loss / count, "val/top1": top1 / count, "val/top5": top5 / count, "val/samples": int(samples)}
+    return {VAL_LOSS: loss / count, VAL_TOP1: top1 / count, VAL_TOP5: top5 / count, VAL_SAMPLES: int(samples)}
 
 
 def _forward(model: nn.Module, images: Tensor, config: TrainingConfig, world: World) -> Tensor:

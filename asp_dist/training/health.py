@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from asp_dist.pruning.names import LayerRow
+from asp_dist.tracking.schema import EVENT
 from asp_dist.training.hooks import Stopped
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def _stop_code(run: Run) -> float:
 def check_layers(run: Run, rows: list[LayerRow]) -> None:
     """Look at the layers' rows of a validation.
 
-    A layer without any weight left cuts the network: its user is told. Once the mask is frozen, no layer's sparsity may
+    A layer without any weight left cuts the network: the user is warned. Once the mask is frozen, no layer's sparsity may
     fall: something writes pruned weights behind the pruner's back, and the budget no longer holds.
 
     Raises:
@@ -117,13 +118,13 @@ def skip_step(run: Run, *, bad_loss: bool) -> None:
     """
     run.buffers.restore()
     if run.scaler is not None and run.scaler.get_scale() > 1.0 and not bad_loss:
-        run.tracker.log(run.step + 1, {"kind": "event", "event": "scale", "message": "float16 gradients overflowed"})
+        run.tracker.log(run.step + 1, {"kind": EVENT, "event": "scale", "message": "float16 gradients overflowed"})
         return
     run.bad_steps += 1
     run.skipped += 1
     names = bad_layers(run)
     text = f"step {run.step + 1} skipped: {names}"
-    run.tracker.log(run.step + 1, {"kind": "event", "event": "skipped_step", "message": text})
+    run.tracker.log(run.step + 1, {"kind": EVENT, "event": "skipped_step", "message": text})
     limit = run.config.training.max_bad_steps
     if run.bad_steps >= limit:
         run.checkpoints.wait()

@@ -11,17 +11,17 @@ from typing import Any
 
 
 class Stopped(RuntimeError):  # noqa: N818
-    """The run stopped on request, with a checkpoint saved; the same command goes on from it.
+    """The run stopped on request, with a checkpoint saved; the same command resumes from it.
 
     Args:
         reason: what asked for it.
         step: optimizer steps done.
-        problem: why the checkpoint could not be saved, if so; the same command then goes on from the one before.
+        problem: why saving failed, if it did; the same command then resumes from the previous checkpoint.
     """
 
     def __init__(self, reason: str, step: int, problem: str = "") -> None:
         note = f" ({problem})" if problem else ""
-        super().__init__(f"stopped by {reason} after step {step}{note}; start the same command again to go on")
+        super().__init__(f"stopped by {reason} after step {step}{note}; start the same command again to resume")
         self.reason = reason
         self.step = step
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from asp_dist.config import TrainingConfig
 from asp_dist.pruning import Pruner
 from asp_dist.pruning.names import LayerRow
+from asp_dist.tracking.schema import VAL_TOP1
 from asp_dist.training.evaluation import evaluate_model
 from asp_dist.training.world import World
 
@@ -67,15 +68,15 @@ def layer_accuracy(
         Layer name -> ``dense_top1``, ``dense_gain`` (over the pruned network's top-1 on the same images) and with
         ``extra_pruned_top1`` (fractions).
     """
-    base = evaluate_model(model, batches, config, world)["val/top1"]
+    base = evaluate_model(model, batches, config, world)[VAL_TOP1]
     found: dict[str, LayerRow] = {}
     for info in pruner.pruned_weights:
         with pruner.dense([info.name]):
-            top1 = evaluate_model(model, batches, config, world)["val/top1"]
+            top1 = evaluate_model(model, batches, config, world)[VAL_TOP1]
         found[info.name] = {"dense_top1": top1, "dense_gain": top1 - base}
         if extra_sparsity is not None:
             with extra_pruned(pruner, info.name, extra_sparsity):
-                top1 = evaluate_model(model, batches, config, world)["val/top1"]
+                top1 = evaluate_model(model, batches, config, world)[VAL_TOP1]
             found[info.name]["extra_pruned_top1"] = top1
     return found
 

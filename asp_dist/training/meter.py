@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from asp_dist.tracking.schema import GRAD_NORM, IMAGES_PER_SECOND, TRAIN_LOSS
 from asp_dist.training.world import World
 
 CLOCKS = ("data", "forward_backward", "step")
@@ -61,8 +62,8 @@ class Meter:
         loss = float(self.world.sum_(self._loss)) / (counted * self.world.world_size)
         seconds = self._seconds["step"] / steps
         row = {
-            **({"train/loss": loss, "train/grad_norm": self._norm / counted} if self._counted else {}),
-            "train/images_per_second": self.batch_size / seconds if seconds else 0.0,
+            **({TRAIN_LOSS: loss, GRAD_NORM: self._norm / counted} if self._counted else {}),
+            IMAGES_PER_SECOND: self.batch_size / seconds if seconds else 0.0,
             **{f"time/{name}": self._seconds[name] / steps for name in CLOCKS},
         }
         self._loss = torch.zeros_like(self._loss)

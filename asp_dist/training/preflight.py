@@ -94,4 +94,4 @@ def check_budget(config: Config, data: DataInfo, total_steps: int, steps_per_epo
     if pruner is not None:
         pruner.remove()
     if config.training.parallel == "fsdp" and config.training.ema_decay is not None:
-        raise UserError("training.ema_decay does not go with training.parallel = fsdp yet: choose ddp")
+        raise UserError("training.ema_decay is not supported with training.parallel = fsdp yet: choose ddp")

@@ -13,9 +13,9 @@ from timm.data import Mixup, resolve_model_data_config
 from timm.utils import ModelEmaV3
 from torch import nn
 
+from asp_dist.checkpoint.format import capture_rng, restore_rng, seed_everything
 from asp_dist.checkpoint.manager import CheckpointManager
 from asp_dist.checkpoint.record import run_dir
-from asp_dist.checkpoint.state import capture_rng, restore_rng, seed_everything
 from asp_dist.config import Config
 from asp_dist.data import Loaders, build_loaders, inspect_data
 from asp_dist.data.images import build_spec

@@ -15,6 +15,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from asp_dist.checkpoint.record import claim_run_dir, finished_summary, run_dir, with_absolute_paths
 from asp_dist.config import Config
 from asp_dist.tracking import build_tracker
+from asp_dist.tracking.schema import LR, TRAIN
 from asp_dist.training import checkpointing, health
 from asp_dist.training.build import DTYPES
 from asp_dist.training.evaluation import evaluate_model
@@ -157,9 +158,9 @@ def log_step(run: Run) -> None:
     """Log the means since the last row, and the pruner's numbers; a collective."""
     checkpointing.log_events(run, run.checkpoints.events())
     row: dict[str, float | int | str] = {
-        "kind": "train",
+        "kind": TRAIN,
         "epoch": run.step / run.steps_per_epoch,
-        "train/lr": run.optimizer.param_groups[0]["lr"],
+        LR: run.optimizer.param_groups[0]["lr"],
         **run.meter.row(),
     }
     now = run.pruner.snapshot() if run.pruner is not None else None

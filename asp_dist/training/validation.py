@@ -11,10 +11,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from asp_dist.checkpoint.record import MODEL, SUMMARY
 from asp_dist.config import config_hash
 from asp_dist.files import write_text
 from asp_dist.pruning.names import LayerRow
+from asp_dist.tracking.schema import (
+    EVAL,
+    MODEL_FILE,
+    SUMMARY_FILE,
+    VAL,
+    VAL_EMA,
+    VAL_EMA_TOP1,
+    VAL_SAMPLES,
+    VAL_TOP1,
+)
 from asp_dist.training import health, sharding
 from asp_dist.training.evaluation import evaluate_model
 from asp_dist.training.layer_accuracy import add_to_rows, layer_accuracy, pick_subset
@@ -41,7 +50,7 @@ def validate(run: Run) -> bool:
     if run.ema is not None:
         world.broadcast_(list(run.ema.module.buffers()))
         average = evaluate_model(averaged_model(run), run.loaders.val, training, world, on_batch)
-        results.update({name.replace("val/", "val/ema_"): value for name, value in average.items()})
+        results.update({name.replace(VAL, VAL_EMA): value for name, value in average.items()})
     run.results = results
     run.snapshot = run.pruner.snapshot() if run.pruner is not None else None
     numbers = run.snapshot.metrics() if run.snapshot is not None else {}
@@ -51,12 +60,12 @@ def validate(run: Run) -> bool:
             add_to_rows(rows, measure_layers(run))
         run.tracker.log_layers(run.step, rows)
         health.check_layers(run, rows)
-    run.tracker.log(run.step, {"kind": "eval", "epoch": run.step / run.steps_per_epoch, **run.results, **numbers})
-    score = max(run.results["val/top1"], run.results.get("val/ema_top1", 0.0))
+    run.tracker.log(run.step, {"kind": EVAL, "epoch": run.step / run.steps_per_epoch, **run.results, **numbers})
+    score = max(run.results[VAL_TOP1], run.results.get(VAL_EMA_TOP1, 0.0))
     at_budget = run.pruner is None or run.pruner.frozen
-    improved = at_budget and (run.best is None or score > run.best["val/top1"])
+    improved = at_budget and (run.best is None or score > run.best[VAL_TOP1])
     if improved:
-        run.best = {"step": run.step, "val/top1": score}
+        run.best = {"step": run.step, VAL_TOP1: score}
     return improved
 
 
@@ -77,7 +86,7 @@ def measure_layers(run: Run) -> dict[str, LayerRow]:
 
 
 def averaged_model(run: Run) -> nn.Module:
-    """A copy of the averaged model with the current masks; the average itself goes on with all its weights."""
+    """A copy of the averaged model with the current masks; the average itself keeps all its weights."""
     assert run.ema is not None
     model = copy.deepcopy(run.ema.module)
     if run.pruner is not None:
@@ -92,19 +101,19 @@ def finish_run(run: Run) -> dict[str, Any]:
     """
     run.checkpoints.wait()  # two writers at once might fill the disk where one does not
     results = run.results
-    use_average = run.ema is not None and results["val/ema_top1"] >= results["val/top1"]
-    prefix = "val/ema_" if use_average else "val/"
+    use_average = run.ema is not None and results[VAL_EMA_TOP1] >= results[VAL_TOP1]
+    prefix = VAL_EMA if use_average else VAL
     model = averaged_model(run) if use_average else run.model
     weights, _ = sharding.full_state(model, run.optimizer) if not use_average else (model.state_dict(), {})
     if run.pruner is not None and run.snapshot is None:
         run.snapshot = run.pruner.snapshot()  # stopped and resumed between the last validation and here
     counts: Any = run.snapshot.summary() if run.snapshot is not None else dense_summary(run.model)
-    summary: dict[str, Any] = {
+    summary: dict[str, Any] = {  # the keys of `RunSummary`
         "model": run.config.model.name,
         "top1": results[f"{prefix}top1"],
         "top5": results[f"{prefix}top5"],
         "val_loss": results[f"{prefix}loss"],
-        "val_samples": results["val/samples"],
+        "val_samples": results[VAL_SAMPLES],
         **counts,
         "best": run.best,
         "weights": "average" if use_average else "model",
@@ -126,9 +135,9 @@ def finish_run(run: Run) -> dict[str, Any]:
     }
     summary = run.world.share(summary)
     if run.world.is_main:
-        text = {"model": run.config.model.name, "classes": json.dumps(list(run.loaders.info.classes))}
-        save_safetensors(run.folder / MODEL, weights, metadata=text)
-        write_text(run.folder / SUMMARY, json.dumps(summary, indent=1))
+        text = {"format": "pt", "model": run.config.model.name, "classes": json.dumps(list(run.loaders.info.classes))}
+        save_safetensors(run.folder / MODEL_FILE, weights, metadata=text)
+        write_text(run.folder / SUMMARY_FILE, json.dumps(summary, indent=1))
     return summary
 
 

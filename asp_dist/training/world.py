@@ -1,7 +1,7 @@
 """Where this process stands among the ranks of a run, and the few collectives that the trainer needs.
 
 The same trainer runs in one process, under torchrun and under Ray Train. `World` hides which: alone it skips
-communication, otherwise it uses the process group that torchrun's environment describes or that stands already.
+communication, otherwise it uses the process group that torchrun's environment describes, or an existing one.
 """
 
 from __future__ import annotations

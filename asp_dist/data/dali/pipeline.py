@@ -61,7 +61,7 @@ def augment_colors(images: Any, augment: AugmentConfig) -> Any:
 
 
 def erase(images: Any, probability: float, spec: ImageSpec) -> Any:
-    """Random erasing (arXiv 1708.04896): with `probability`, a rectangle becomes the mean colour."""
+    """Random erasing (arXiv 1708.04896): with `probability`, a rectangle becomes the mean color."""
     if probability <= 0:
         return images
     area = fn.random.uniform(range=ERASE_AREA)
@@ -88,7 +88,7 @@ def _min1(value: Any) -> Any:
 
 
 def normalize(images: Any, spec: ImageSpec, **kwargs: Any) -> Any:
-    """uint8 [H, W, 3] to normalised float32 [3, H, W]; `kwargs` crop and mirror on the way."""
+    """uint8 [H, W, 3] to normalized float32 [3, H, W]; `kwargs` crop and mirror on the way."""
     return fn.crop_mirror_normalize(
         images,
         dtype=types.FLOAT,
@@ -100,7 +100,7 @@ def normalize(images: Any, spec: ImageSpec, **kwargs: Any) -> Any:
 
 
 def train_images(encoded: Any, spec: ImageSpec, augment: AugmentConfig, device: str) -> Any:
-    """Random resized crop, colour, policy, erasing, flips and normalisation of encoded images."""
+    """Random resized crop, color, policy, erasing, flips and normalization of encoded images."""
     images = fn.decoders.image_random_crop(
         checked(encoded)[0],
         device=decoder(device),
@@ -123,7 +123,7 @@ def train_images(encoded: Any, spec: ImageSpec, augment: AugmentConfig, device: 
 
 
 def val_images(encoded: Any, spec: ImageSpec, device: str) -> Any:
-    """Resize, centre crop and normalisation of encoded images, as timm's evaluation does, to the pixel.
+    """Resize, center crop and normalization of encoded images, as timm's evaluation does, to the pixel.
 
     torchvision rounds the longer side down and a half pixel of the crop's place to the even one; DALI would round both
     up, and crops would lie a pixel apart. Like PIL, neither backend turns an image by its EXIF orientation.
@@ -137,12 +137,12 @@ def val_images(encoded: Any, spec: ImageSpec, device: str) -> Any:
     elif spec.crop_mode == "center":
         resize["mode"] = "not_smaller"
     images = fn.resize(images, **resize, interp_type=INTERPOLATION[spec.interpolation], antialias=True)
-    places = {f"crop_pos_{axis}": _centre(images.shape()[i], spec.size[i]) for i, axis in enumerate("yx")}
+    places = {f"crop_pos_{axis}": _center(images.shape()[i], spec.size[i]) for i, axis in enumerate("yx")}
     return normalize(images, spec, crop=spec.size, rounding="truncate", **places)
 
 
-def _centre(side: Any, crop: int) -> Any:
-    """The relative place of a centre crop, between 0 and 1, that truncates to torchvision's ``round((side - crop) / 2)``."""
+def _center(side: Any, crop: int) -> Any:
+    """The relative place of a center crop, between 0 and 1, that truncates to torchvision's ``round((side - crop) / 2)``."""
     spare = fn.cast(side, dtype=types.INT32) - crop
     half = spare // 2
     start = half + (spare & 1) * (half & 1)  # half a pixel goes to the even one

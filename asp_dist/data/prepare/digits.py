@@ -21,7 +21,7 @@ def prepare_digits(target: str | Path) -> Path:
     """Write the digits as ``train/DIGIT/NNNN.png`` and ``val/DIGIT/NNNN.png`` of 32 x 32 pixels; return `target`.
 
     The split is fixed and stratified: of each class, a fifth is for validation (1,438 and 359 images). An 8 x 8 image
-    becomes 24 x 24, bicubic, within a black border, so that a centre crop loses no stroke. Nothing is done where
+    becomes 24 x 24, bicubic, within a black border, so that a center crop loses no stroke. Nothing is done where
     the data set stands already; it appears whole or not at all.
 
     Raises:
@@ -31,7 +31,7 @@ def prepare_digits(target: str | Path) -> Path:
     if (target / "classes.tsv").is_file():
         return target
     if target.is_dir() and any(target.iterdir()):
-        raise UserError(f"{target} holds something else than the digits: choose another folder or remove it")
+        raise UserError(f"{target} contains something other than the digits: choose another folder or remove it")
     from sklearn.datasets import load_digits
 
     digits = load_digits()

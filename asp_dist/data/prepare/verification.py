@@ -69,11 +69,11 @@ def classify(encoded: bytes) -> tuple[Kind, str] | None:
             mode = image.mode
             image.load()
     except UnidentifiedImageError:
-        return "not an image", "no image format that is known"
+        return "not an image", "unrecognized image format"
     except Exception as error:  # PIL raises OSError, SyntaxError, ValueError and more for broken files
         kind: Kind = "truncated" if "truncated" in str(error).lower() else "not an image"
         return kind, str(error)
-    return ("cmyk", "four colour channels") if mode in ("CMYK", "YCCK") else None
+    return ("cmyk", "four color channels") if mode in ("CMYK", "YCCK") else None
 
 
 def _look(samples: Samples, index: int) -> tuple[Kind, str] | bytes:
@@ -135,7 +135,7 @@ def verify(
     unknown = sorted(set(keep) - set(KINDS))
     check(not unknown, f"keep = {unknown} names no kind of finding; there are {', '.join(KINDS)}")
     data_set = open_data_set(DataConfig(root=str(root), train=train, val=val))
-    check(manifest is None or data_set.info.format != "shards", "shards take no manifest: write them again without it")
+    check(manifest is None or data_set.info.format != "shards", "manifests are not supported for shards: write new shards without the bad files")
     total = data_set.info.num_train + data_set.info.num_val
     with progress_bar("Verifying", total, progress) as advance:
         findings = tuple(_findings(data_set, threads or default_threads(), advance))

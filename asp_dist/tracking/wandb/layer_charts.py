@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from asp_dist.tracking.schema import LAYERS_HEAT_MAP, LAYERS_LINES, LAYERS_SPARSITY, LAYERS_TABLE
 from asp_dist.pruning.names import LayerRow
 from asp_dist.tracking.heat_map import heat_map
 from asp_dist.tracking.layer_rows import COLUMNS, LayerHistory, estimate_error, is_pruned
@@ -42,13 +43,13 @@ def charts(rows: list[LayerRow], history: LayerHistory) -> dict[str, Any]:
     sparsities = [
         row["measured_sparsity"] for row in rows if is_pruned(row) and row.get("measured_sparsity") is not None
     ]
-    logged: dict[str, Any] = {"layers/table": wandb.Table(columns=table_columns(rows), data=table_rows(rows))}
+    logged: dict[str, Any] = {LAYERS_TABLE: wandb.Table(columns=table_columns(rows), data=table_rows(rows))}
     if sparsities:
-        logged["layers/sparsity"] = wandb.Histogram(sparsities, num_bins=32)
+        logged[LAYERS_SPARSITY] = wandb.Histogram(sparsities, num_bins=32)
     if history.steps:
-        logged["layers/heat_map"] = wandb.Plotly(go.Figure(heat_map(history.thinned(HEAT_COLUMNS))))
+        logged[LAYERS_HEAT_MAP] = wandb.Plotly(go.Figure(heat_map(history.thinned(HEAT_COLUMNS))))
         lines = history.thinned(max(2, CHART_ROWS // max(1, len(history.names))))
-        logged["layers/lines"] = wandb.plot.line_series(
+        logged[LAYERS_LINES] = wandb.plot.line_series(
             xs=lines.steps,
             ys=[list(layer) for layer in zip(*lines.series["measured_sparsity"])],
             keys=lines.names,

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from asp_dist.tracking.schema import EVAL, LAYERS, TRAIN, VAL
+
 BLOCK = 32768
 FILE_HEADER = 7  # ":W&B", two bytes of magic, one of version
 RECORD_HEADER = struct.Struct("<IHB")  # checksum, length, type
@@ -71,7 +73,7 @@ def last_steps(run_dir: Path, run_id: str) -> dict[str, int]:
     last: dict[str, int] = {}
     for path in run_files(run_dir, run_id):
         for row in history(path):
-            for kind, prefix in (("train", "train/"), ("eval", "val/"), ("layers", "layers/")):
+            for kind, prefix in ((TRAIN, "train/"), (EVAL, VAL), (LAYERS, "layers/")):
                 if "global_step" in row and any(key.startswith(prefix) for key in row):
                     last[kind] = max(last.get(kind, -1), row["global_step"])
     return last

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from asp_dist.tracking.schema import CONFIG_FILE, EVENT, LAYERS_FILE, MODEL_FILE
 from asp_dist.config import Config, TrackingConfig, to_dict
 from asp_dist.pruning.names import LayerRow
 from asp_dist.tracking.wandb import transaction_log
@@ -53,7 +54,7 @@ class WandbRun:
 
     def log(self, row: Row) -> None:
         """Log a row's numbers at its step; a step that wandb has already is left as it is."""
-        if row["kind"] == "event" or row["step"] <= self._last_steps.get(row["kind"], -1):
+        if row["kind"] == EVENT or row["step"] <= self._last_steps.get(row["kind"], -1):
             return
         scalars = {key: value for key, value in row.items() if key not in NOT_SCALARS and _is_number(value)}
         room = MAX_SCALARS - len(self._scalars)
@@ -169,7 +170,7 @@ def _log_artifacts(run: Any, run_dir: Path, summary: dict[str, Any]) -> None:
         source = wandb.Artifact(f"data-{Path(data).name}", type="dataset", metadata={"root": data})
         run.use_artifact(source)
     shown = {key: summary.get(key) for key in ("top1", "top5", "sparsity", "target_sparsity", "nonzero_weights")}
-    for kind, name in (("config", "config.yaml"), ("model", "model.safetensors"), ("layers", "layers.json")):
+    for kind, name in (("config", CONFIG_FILE), ("model", MODEL_FILE), ("layers", LAYERS_FILE)):
         path = run_dir / name
         if path.exists():
             artifact = wandb.Artifact(f"{run.id}-{kind}", type=kind, metadata=shown)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from asp_dist.tracking.schema import BYTES, DATA_TIME, FORWARD_BACKWARD_TIME, GRAD_NORM, IMAGES_PER_SECOND, LAYERS_HEAT_MAP, LR, MACS_DENSITY, MEASURED_SPARSITY, PREDICTED_SPARSITY, SPARSITY_LOSS, STEP_TIME, TARGET_SPARSITY, THRESHOLD_LR, TRAIN_LOSS, VAL_EMA_TOP1, VAL_LOSS, VAL_TOP1
 from asp_dist.errors import UserError
 from asp_dist.tracking.layer_rows import write_json
 
@@ -25,23 +26,23 @@ class Chart:
 # What a user looks at first stands first. The keys are those of the rows that the trainer logs.
 SECTIONS: dict[str, tuple[Chart, ...]] = {
     "Does the budget hold, and what does it cost?": (
-        Chart("Top-1", ("val/top1", "val/ema_top1")),
-        Chart("Sparsity", ("sparsity/measured", "sparsity/predicted", "sparsity/target")),
-        Chart("Loss", ("train/loss", "val/loss")),
-        Chart("Multiply-adds left", ("cost/macs_density",)),
+        Chart("Top-1", (VAL_TOP1, VAL_EMA_TOP1)),
+        Chart("Sparsity", (MEASURED_SPARSITY, PREDICTED_SPARSITY, TARGET_SPARSITY)),
+        Chart("Loss", (TRAIN_LOSS, VAL_LOSS)),
+        Chart("Multiply-adds left", (MACS_DENSITY,)),
     ),
     "Speed": (
-        Chart("Images per second", ("train/images_per_second",)),
-        Chart("Seconds per step", ("time/step", "time/forward_backward", "time/data")),
+        Chart("Images per second", (IMAGES_PER_SECOND,)),
+        Chart("Seconds per step", (STEP_TIME, FORWARD_BACKWARD_TIME, DATA_TIME)),
     ),
     "Optimisation": (
-        Chart("Learning rates", ("train/lr", "train/threshold_lr"), log=True),
-        Chart("Gradient norm", ("train/grad_norm",), log=True),
-        Chart("Sparsity loss", ("sparsity/loss",), log=True),
-        Chart("Bytes of the sparse file", ("cost/bytes",)),
+        Chart("Learning rates", (LR, THRESHOLD_LR), log=True),
+        Chart("Gradient norm", (GRAD_NORM,), log=True),
+        Chart("Sparsity loss", (SPARSITY_LOSS,), log=True),
+        Chart("Bytes of the sparse file", (BYTES,)),
     ),
 }
-LAYER_PANELS = ("layers/heat_map",)
+LAYER_PANELS = (LAYERS_HEAT_MAP,)
 
 
 def _packages() -> tuple[Any, Any]:
@@ -109,7 +110,7 @@ def build_report(project: str, entity: str) -> Any:
     _, reports = _packages()
 
     def grid(panels: list[Any]) -> Any:
-        # Without a project of its own it shows the report's, and needs no server to be serialised.
+        # Without a project of its own it shows the report's, and needs no server to be serialized.
         return reports.PanelGrid(runsets=[reports.Runset(name="runs")], panels=panels)
 
     blocks = [reports.TableOfContents()]
@@ -121,7 +122,7 @@ def build_report(project: str, entity: str) -> Any:
     return reports.Report(entity=entity, project=project, title=NAME, description=text, blocks=blocks, width="fluid")
 
 
-def serialised(thing: Any) -> dict[str, Any]:
+def serialized(thing: Any) -> dict[str, Any]:
     """A workspace or a report as wandb stores it: plain JSON types."""
     model: dict[str, Any] = json.loads(thing._to_model().model_dump_json(by_alias=True, exclude_none=True))
     return model
@@ -144,8 +145,8 @@ def create_dashboard(project: str, entity: str | None = None, *, out: Path | str
     if out is not None:
         name = entity or "entity"
         things = {
-            "workspace": serialised(build_workspace(project, name)),
-            "report": serialised(build_report(project, name)),
+            "workspace": serialized(build_workspace(project, name)),
+            "report": serialized(build_report(project, name)),
         }
         path = Path(out)
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -401,7 +401,7 @@ class OutputConfig:
             check_positive(f"output.{name}", getattr(self, name))
         check(
             self.storage is None or "://" in self.storage,
-            f"output.storage = {self.storage!r} is no address: give one such as s3://bucket/runs, or use output.dir",
+            f"output.storage = {self.storage!r} is not a URL: give one such as s3://bucket/runs, or use output.dir",
         )
         check_address("output.storage", self.storage)
 
