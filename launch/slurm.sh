@@ -3,7 +3,7 @@
 #     sbatch launch/slurm.sh configs/quickstart.yaml [asp-dist train options]
 #
 # Submit it from the repository's root, on storage that all nodes mount, after ./launch/env.sh has made .venv there.
-# Before the time limit SLURM sends SIGTERM (--signal): the run saves a checkpoint, and the job is queued again to go on.
+# Before the time limit SLURM sends SIGTERM (--signal): the run saves a checkpoint, and the job is queued again to resume.
 # To change: the lines below, as any sbatch option; with GPUs, --gpus-per-node.
 #SBATCH --job-name=asp-dist
 #SBATCH --nodes=2
@@ -89,7 +89,7 @@ status=0
 wait "$run" || status=$?
 while kill -0 "$run" 2>/dev/null; do wait "$run" || status=$?; done
 if ((status == 75)); then
-    echo "Stopped behind a checkpoint; the job goes back to the queue and on from there."
+    echo "Stopped after saving a checkpoint; the job is queued again and resumes there."
     scontrol requeue "$SLURM_JOB_ID" || true
 fi
 exit "$status"

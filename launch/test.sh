@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Lint, types and tests, in the environment that this script makes by itself. All run, whatever fails before them;
-# the exit status is 0 if all passed. The whole takes less than 20 minutes on two cores.
-#     ./launch/test.sh [pytest options, such as -m "not slow" or tests/test_config.py]
+# the exit status is 0 if all passed.
+#     ./launch/test.sh [--fast] [pytest options, such as tests/pruning]
+# --fast leaves out the tests that start clusters or take long.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/env.sh
@@ -9,6 +10,10 @@ source launch/env.sh
 make_env test,export,dashboard
 export PATH="$PWD/.venv/bin:$PATH"
 
+if [[ ${1:-} == --fast ]]; then
+    shift
+    set -- -m "not slow" "$@"
+fi
 status=0
 check() {
     echo "==> $*"
