@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import asp_dist
+from asp_dist.pruning import names as pruning_names
+from asp_dist.tracking import schema
 
 PACKAGE = Path(asp_dist.__file__).parent
 # Each line may import from the lines below it, and from its own rooms; never from a room beside it, nor from one above.
@@ -152,3 +154,19 @@ def test_no_training_step_loads_the_report() -> None:
     script = "import sys, asp_dist.training.trainer; print([m for m in sys.modules if m.startswith('asp_dist.report')])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)
     assert done.stdout.strip() == "[]", done.stdout
+
+
+def test_metric_and_file_names_are_written_in_the_schema_alone() -> None:
+    names = {
+        value
+        for name, value in {**vars(schema), **vars(pruning_names)}.items()
+        if name.isupper() and ("/" in value or "." in value)
+    }
+    assert len(names) > 25
+    written = {
+        f"{path}:{node.lineno} {node.value!r}"
+        for path, tree in trees()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and node.value in names
+    }
+    assert {place for place in written if "schema.py" not in place and "pruning/names.py" not in place} == set()

@@ -1,0 +1,67 @@
+"""The image and compose files, as far as they can be checked without a Docker daemon."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from dockerfile_steps import SKIPPED, instructions
+
+ROOT = Path(__file__).parents[2]
+DOCKER = ROOT / "docker"
+BIN = Path(sys.executable).parent
+DOCKERFILES = [DOCKER / "Dockerfile", DOCKER / "Dockerfile.cpu"]
+
+
+@pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
+def test_dockerfiles_pass_the_linter(path: Path) -> None:
+    done = subprocess.run([BIN / "hadolint", "--no-color", path], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == "", done.stdout
+
+
+@pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
+def test_images_are_pinned_run_without_root_and_have_a_health_check(path: Path) -> None:
+    text = path.read_text()
+    assert re.search(r"^FROM python:3\.11\.\d+-slim-bookworm$", text, re.MULTILINE)
+    assert "--constraint launch/constraints.txt" in text
+    assert re.findall(r"^USER (.*)$", text, re.MULTILINE) == ["1000"]
+    assert "HEALTHCHECK" in text and "LABEL org.opencontainers.image.title" in text
+
+
+@pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
+def test_what_is_copied_is_there_and_not_ignored(path: Path) -> None:
+    kept = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    for source in re.findall(r"^COPY (\S+) ", path.read_text(), re.MULTILINE):
+        assert (ROOT / source).exists(), source
+        assert source in kept or source.split("/")[0] in kept, source
+
+
+def test_compose_file_fits_its_schema() -> None:
+    done = subprocess.run(
+        [BIN / "check-jsonschema", "--builtin-schema", "vendor.compose-spec", DOCKER / "compose.yaml"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_compose_has_a_head_two_workers_and_an_optional_wandb() -> None:
+    services = yaml.safe_load((DOCKER / "compose.yaml").read_text())["services"]
+    assert set(services) == {"head", "worker", "wandb"}
+    assert services["worker"]["deploy"]["replicas"] == 2
+    assert services["wandb"]["profiles"] == ["wandb"]
+    assert services["head"]["volumes"] == services["worker"]["volumes"]
+    for name in ("head", "wandb"):
+        assert all(port.startswith("127.0.0.1:") for port in services[name]["ports"])
+
+
+@pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
+def test_every_step_can_be_run_outside_of_docker(path: Path) -> None:
+    steps = instructions(path.read_text())
+    assert [name for name, _ in steps].count("RUN") == 4
+    assert {name for name, _ in steps} <= {*SKIPPED, "SHELL", "RUN", "WORKDIR", "COPY", "USER", "ENV"}
+    assert all("\\\n" not in rest and rest for _, rest in steps)

@@ -1,0 +1,234 @@
+"""The main job, end to end: the commands that a user types, on a real Ray cluster, with real images through DALI."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import pytest
+import timm
+import torch
+from processes import environment_of, processes
+from safetensors.torch import load_file
+
+from asp_dist.data import prepare_digits
+from asp_dist.tracking import read_rows
+from asp_dist.tracking.schema import RunSummary
+from asp_dist.tracking.wandb import transaction_log
+from asp_dist.tracking.wandb.wandb_run import run_id
+
+ROOT = Path(__file__).parents[2]
+CONFIG = str(ROOT / "configs" / "quickstart.yaml")
+MARK = uuid.uuid4().hex
+ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB_", "RAY_"))} | {"ASP_DIST_TEST": MARK}
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded data set."""
+    return prepare_digits(tmp_path_factory.mktemp("data") / "digits")
+
+
+def asp_dist(*words: str, launcher: tuple[str, ...] = (sys.executable, "-m", "asp_dist")) -> subprocess.Popen[str]:
+    """Start ``asp-dist`` with these words."""
+    pipe = subprocess.PIPE
+    return subprocess.Popen([*launcher, *words], stdout=pipe, stderr=pipe, text=True, cwd=ROOT, env=ENVIRONMENT)
+
+
+def finish(process: subprocess.Popen[str], timeout_s: float = 500.0) -> tuple[int, str, str]:
+    """Exit code, output and error output, once the process and all that it started are gone."""
+    try:
+        out, err = process.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    return process.returncode, out, err
+
+
+def train(folder: Path, digits: Path, *words: str) -> tuple[str, ...]:
+    """The words of a training command with its data and output in `folder`."""
+    return ("train", CONFIG, "--data.root", str(digits), "--output.dir", str(folder), *words)
+
+
+def left_over() -> list[str]:
+    """Command lines of processes that still run, of all that this module's commands started."""
+    return [title for number, _, title in processes() if f"ASP_DIST_TEST={MARK}".encode() in environment_of(number)]
+
+
+def summary_of(run_dir: Path) -> dict[str, Any]:
+    """The run's results."""
+    result: dict[str, Any] = json.loads((run_dir / "summary.json").read_text())
+    return result
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> tuple[Path, str, str]:
+    """The quickstart, interrupted in the middle of epoch 2 and started again; its folder, and the output of both."""
+    folder = tmp_path_factory.mktemp("runs")
+    first = asp_dist(*train(folder, digits))
+    metrics = folder / "quickstart" / "metrics.jsonl"
+    deadline = time.monotonic() + 300
+    while not any(row["step"] > 22 for row in read_rows(metrics)):  # an epoch has 22 steps
+        assert first.poll() is None and time.monotonic() < deadline, finish(first)
+        time.sleep(0.1)
+    first.send_signal(signal.SIGINT)
+    code, _, interrupted = finish(first, 120)
+    assert code == 75, interrupted
+    code, out, err = finish(asp_dist(*train(folder, digits)))
+    assert code == 0, err
+    assert left_over() == []
+    return folder / "quickstart", out, interrupted
+
+
+@pytest.mark.slow
+class TestQuickstart:
+    """Everything that the quickstart promises."""
+
+    def test_it_reaches_its_bounds(self, quickstart: tuple[Path, str, str]) -> None:
+        summary = summary_of(quickstart[0])
+        assert summary["top1"] >= 0.97
+        assert abs(summary["sparsity"] - 0.9) <= 0.0005
+        assert summary["nonzero_weights"] == round(0.1 * summary["prunable_weights"])
+        assert summary["world_size"] == 2 and summary["epochs"] == 12
+        assert summary["images_per_second"] > 0
+
+    def test_it_went_on_where_it_was(self, quickstart: tuple[Path, str, str]) -> None:
+        folder, _, interrupted = quickstart
+        assert "SIGINT" in interrupted
+        rows = read_rows(folder / "metrics.jsonl")
+        resumed = [row for row in rows if row.get("event") == "resume"]
+        assert len(resumed) == 1 and 22 < resumed[0]["step"] < 44
+        steps = [row["step"] for row in rows if row["kind"] == "train"]
+        assert steps == sorted(set(steps)) and steps[-1] == 12 * 22
+        assert [row["step"] for row in rows if row["kind"] == "eval"] == [22 * epoch for epoch in range(1, 13)]
+
+    def test_it_prints_the_layers_the_results_and_what_to_try_next(self, quickstart: tuple[Path, str, str]) -> None:
+        folder, out, _ = quickstart
+        assert "layer4.1.conv2" in out and "512×512×3×3" in out
+        for word in ("top-1", "top-5", "sparsity", "budget 90.00%", "images/s", "next", str(folder)):
+            assert word in out
+
+    def test_wandb_has_every_step_under_one_run(self, quickstart: tuple[Path, str, str]) -> None:
+        folder = quickstart[0]
+        files = transaction_log.run_files(folder, run_id(folder))
+        assert len(files) == 2  # before and after the interruption
+        rows = [row for file in files for row in transaction_log.history(file)]
+        steps = [row["global_step"] for row in rows if "val/top1" in row]
+        assert steps == [22 * epoch for epoch in range(1, 13)]
+        logged = {key for row in rows for key in row}
+        assert {"train/loss", "train/lr", "sparsity/target", "sparsity/predicted", "sparsity/measured"} <= logged
+
+    def test_timm_loads_the_model_and_evaluate_agrees(self, quickstart: tuple[Path, str, str]) -> None:
+        folder = quickstart[0]
+        file = folder / "model.safetensors"
+        model = timm.create_model(
+            "resnet18", num_classes=10, pretrained=True, pretrained_cfg_overlay={"file": str(file), "num_classes": 10}
+        )
+        stored = load_file(file)
+        assert model.state_dict().keys() == stored.keys()
+        assert all(torch.equal(value, stored[name]) for name, value in model.state_dict().items())
+        code, out, err = finish(asp_dist("evaluate", str(folder), "--json"))
+        assert code == 0, err
+        again, summary = json.loads(out), summary_of(folder)
+        assert again["top1"] == pytest.approx(summary["top1"], abs=1e-9)
+        assert again["nonzero_weights"] == summary["nonzero_weights"]
+        assert set(get_type_hints(RunSummary)) == set(summary)
+
+    def test_the_files_are_there(self, quickstart: tuple[Path, str, str]) -> None:
+        names = {path.name for path in quickstart[0].iterdir()}
+        assert names >= {"config.yaml", "model.safetensors", "metrics.jsonl", "layers.json", "report.html"}
+        assert names >= {"summary.json", "checkpoints", "wandb"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "launcher", "world_size"),
+    [
+        (("--cluster.num_workers", "1"), (sys.executable, "-m", "asp_dist"), 1),
+        (("--cluster.mode", "local"), (sys.executable, "-m", "asp_dist"), 1),
+        (
+            (),
+            (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "asp_dist"),
+            2,
+        ),
+    ],
+    ids=["one worker", "local", "torchrun"],
+)
+def test_the_same_command_runs_elsewhere(
+    tmp_path: Path, digits: Path, words: tuple[str, ...], launcher: tuple[str, ...], world_size: int
+) -> None:
+    short = ("--training.max_steps", "6", "--quiet")
+    code, _, err = finish(asp_dist(*train(tmp_path, digits, *short, *words), launcher=launcher))
+    assert code == 0, err
+    summary = summary_of(tmp_path / "quickstart")
+    assert summary["world_size"] == world_size
+    assert summary["nonzero_weights"] == round(0.1 * summary["prunable_weights"])
+
+
+BAD_INPUT = {
+    "unknown model": (("--model.name", "resnet19"), ("resnet19", "resnet18")),
+    "missing data": (("--data.root", "/nowhere/digits"), ("/nowhere/digits",)),
+    "sparsity out of range": (("--budget.sparsity", "1.2"), ("budget.sparsity = 1.2", "[0, 1)")),
+    "budget below the floor": (("--budget.count", "500", "--budget.sparsity", "null"), ("500", "parameters")),
+    "no layer left": (("--pruning.select.min_weights", "100000000"), ("no layer", "min_weights")),
+    "batch that does not divide": (("--data.batch_size", "63"), ("63", "2 workers")),
+    "more workers than there are": (
+        ("--cluster.num_workers", "64", "--cluster.cpus_per_worker", "1"),
+        ("cluster.num_workers = 64", "CPU"),
+    ),
+    "more GPUs than there are": (("--cluster.gpus_per_worker", "9"), ("9", "GPU")),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_ends_at_once_with_one_message(tmp_path: Path, digits: Path, case: str) -> None:
+    words, expected = BAD_INPUT[case]
+    code, out, err = finish(asp_dist(*train(tmp_path, digits, *words)), 120)
+    assert code in (1, 2) and out == ""
+    assert err.startswith("error: ") and len(err.strip().splitlines()) == 1, err
+    assert all(word in err for word in expected), err
+    assert left_over() == []
+
+
+def bad_folder(folder: Path, kind: str) -> Path:
+    """A data folder that no run can use."""
+    for split in ("train", "val"):
+        (folder / split).mkdir(parents=True)
+        if kind == "one class":
+            (folder / split / "zero").mkdir()
+            (folder / split / "zero" / "a.png").write_bytes(b"not looked at")
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "words"), [("empty", ("train",)), ("one class", ("one class", "zero"))])
+def test_unfit_data_folders_are_refused(tmp_path: Path, kind: str, words: tuple[str, ...]) -> None:
+    folder = bad_folder(tmp_path / "data", kind)
+    code, _, err = finish(asp_dist(*train(tmp_path, folder)), 120)
+    assert code == 2 and len(err.strip().splitlines()) == 1
+    assert str(folder) in err and all(word in err for word in words), err
+
+
+@pytest.mark.slow
+def test_a_folder_with_another_run_and_an_unreadable_checkpoint_are_refused(tmp_path: Path, digits: Path) -> None:
+    words = ["--cluster.mode", "local", "--training.max_steps", "2", "--tracking.wandb", "disabled", "--quiet"]
+    words += ["--model.name", "cifar_resnet20"]
+    code, _, err = finish(asp_dist(*train(tmp_path, digits, *words)), 200)
+    assert code == 0, err
+    code, _, err = finish(asp_dist(*train(tmp_path, digits, *words, "--optimizer.lr", "0.3")), 120)
+    assert code == 2 and "optimizer.lr" in err and "0.3" in err and "Traceback" not in err, err
+    for checkpoint in (tmp_path / "quickstart" / "checkpoints").iterdir():
+        for file in checkpoint.iterdir():
+            file.write_bytes(file.read_bytes()[:40])
+    for name in ("summary.json", "model.safetensors"):
+        (tmp_path / "quickstart" / name).unlink()
+    code, _, err = finish(asp_dist(*train(tmp_path, digits, *words)), 120)
+    assert code in (1, 2) and "checkpoint" in err and "Traceback" not in err, err
