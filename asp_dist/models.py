@@ -144,9 +144,7 @@ class AlexNet(nn.Module):
         return self.classifier(torch.flatten(self.avgpool(self.features(x)), 1))
 
 
-def _config(
-    size: int, mean: tuple[float, ...], std: tuple[float, ...], classifier: str, classes: int
-) -> dict[str, Any]:
+def _config(size: int, mean: tuple[float, ...], std: tuple[float, ...], classifier: str, classes: int) -> dict[str, Any]:
     return {
         "num_classes": classes,
         "input_size": (3, size, size),

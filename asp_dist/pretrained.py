@@ -56,9 +56,7 @@ def read_weights(file: str) -> dict[str, Any]:
         # In a file that is cut short, torch seeks to before its beginning.
         if may_pass(error) and error.errno != errno.EINVAL:
             raise
-        raise UserError(
-            f"model.weights = {file!r} cannot be read ({error.strerror or error}): fetch it again"
-        ) from error
+        raise UserError(f"model.weights = {file!r} cannot be read ({error.strerror or error}): fetch it again") from error
     except UNREADABLE as error:
         lines = str(error).splitlines() or [type(error).__name__]
         raise UserError(
@@ -161,9 +159,7 @@ def _load(
     log.log(level, "%s: %s", what, "; ".join([f"{len(fitting)} of {len(wanted)} tensors of {name} loaded", *notes]))
 
 
-def _filtered(
-    filter_fn: Callable[..., dict[str, Tensor]], weights: dict[str, Tensor], model: nn.Module
-) -> dict[str, Tensor]:
+def _filtered(filter_fn: Callable[..., dict[str, Tensor]], weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """`weights` by the model's own names; some of timm's filters want the model as well."""
     try:
         return filter_fn(weights, model)

@@ -109,9 +109,7 @@ def test_a_wrong_value_names_the_field_the_value_and_the_remedy(
         ("just words", ("has no fields",)),
     ],
 )
-def test_a_wrong_file_is_refused(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str, words: tuple[str, ...]
-) -> None:
+def test_a_wrong_file_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str, words: tuple[str, ...]) -> None:
     file = tmp_path / "config.yaml"
     file.write_text(text)
     message = refusal(capsys, "train", str(file))

@@ -9,6 +9,8 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
+from waiting import HANG_S
+
 import asp_dist
 from asp_dist.pruning import names as pruning_names
 from asp_dist.tracking import schema
@@ -146,13 +148,13 @@ def test_what_runs_beside_the_workers_loads_no_model_library() -> None:
     """Ray's controller unpickles the driver's functions: it would take seconds more for timm, on every start and restart."""
     heavy = ["timm", "torchvision", "wandb"]
     script = f"import sys, asp_dist.cluster.driver; print([name for name in {heavy} if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=HANG_S)
     assert done.stdout.strip() == "[]", done.stdout
 
 
 def test_no_training_step_loads_the_report() -> None:
     script = "import sys, asp_dist.training.trainer; print([m for m in sys.modules if m.startswith('asp_dist.report')])"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=HANG_S)
     assert done.stdout.strip() == "[]", done.stdout
 
 

@@ -120,9 +120,7 @@ def test_positions_are_fitted_to_the_run_and_the_classifier_is_kept(tmp_path: Pa
 
 
 @pytest.mark.parametrize(("rows", "different"), [(7, []), (9, ["head.fc.weight", "head.fc.bias"])])
-def test_a_classifier_is_known_by_its_name_in_the_original_release_too(
-    tmp_path: Path, rows: int, different: list[str]
-) -> None:
+def test_a_classifier_is_known_by_its_name_in_the_original_release_too(tmp_path: Path, rows: int, different: list[str]) -> None:
     state = state_of("test_convnext", rows)
     original = {}
     for key, value in state.items():
@@ -145,9 +143,7 @@ def test_a_sparse_file_is_as_good_as_the_model(tmp_path: Path) -> None:
 
 def test_a_file_in_which_nothing_fits_is_refused(tmp_path: Path) -> None:
     file = save(state_of("test_resnet", 10), tmp_path, "safetensors")
-    with pytest.raises(
-        UserError, match=r"weights\.safetensors.*does not fit model\.name = 'test_vit': it has .* none of"
-    ):
+    with pytest.raises(UserError, match=r"weights\.safetensors.*does not fit model\.name = 'test_vit': it has .* none of"):
         build(file, "test_vit", 10)
     other = save({"fc.weight": torch.zeros(3, 2), "net": torch.zeros(2)}, tmp_path, "state dict")
     with pytest.raises(
@@ -159,9 +155,7 @@ def test_a_file_in_which_nothing_fits_is_refused(tmp_path: Path) -> None:
 def test_a_checkpoint_without_a_known_key_is_refused_by_what_it_has(tmp_path: Path) -> None:
     file = tmp_path / "checkpoint.pth"
     torch.save({"epoch": 3, "network": state_of("test_convnext", 10)}, file)
-    with pytest.raises(
-        UserError, match=r"does not fit model\.name = 'test_convnext': it has epoch, network, and none of"
-    ):
+    with pytest.raises(UserError, match=r"does not fit model\.name = 'test_convnext': it has epoch, network, and none of"):
         build(file, "test_convnext", 10)
 
 

@@ -148,9 +148,7 @@ def bench_data(
     config = DataConfig(root=str(root), input_size=input_size, batch_size=batch_size)
     many = repeated(open_data_set(config).train, samples)
     spec = build_spec(config, model_data)
-    options = LoaderOptions(
-        spec, config.augment, chosen, threads=threads or default_threads(), prefetch=config.prefetch
-    )
+    options = LoaderOptions(spec, config.augment, chosen, threads=threads or default_threads(), prefetch=config.prefetch)
     sources: dict[str, Source] = {
         **bare_sources(many, batch_size, options),
         **loader_sources(many, batch_size, options),

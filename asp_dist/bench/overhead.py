@@ -59,9 +59,7 @@ class _HookTimes:
             self.stamps.clear()
 
 
-def _step(
-    model: nn.Module, optimizer: Optimizer, images: Tensor, labels: Tensor, extra: Callable[[], Tensor] | None
-) -> None:
+def _step(model: nn.Module, optimizer: Optimizer, images: Tensor, labels: Tensor, extra: Callable[[], Tensor] | None) -> None:
     optimizer.zero_grad()
     loss = nn.functional.cross_entropy(model(images), labels)
     if extra is not None:
@@ -168,9 +166,7 @@ def bench_overhead(
         "prunable_weights": sum(weight.numel() for weight in weights),
         "seconds": {name: median(values) for name, values in seconds.items()},
         "ratios": {
-            name: median(a / b for a, b in zip(values, seconds["dense"]))
-            for name, values in seconds.items()
-            if name != "dense"
+            name: median(a / b for a, b in zip(values, seconds["dense"])) for name, values in seconds.items() if name != "dense"
         },
         "own": own,
         "optimizer": optimizer_time,

@@ -207,9 +207,7 @@ class CheckpointManager:
             if self.saved is not None:
                 retry(self.saved, self.waits, "copying the record")
         except Exception as error:  # the training goes on; the run's log says what is wrong
-            self._events.append(
-                Event(WARNING, f"the checkpoint of step {manifest.step} failed: {error}; {self._kept()}")
-            )
+            self._events.append(Event(WARNING, f"the checkpoint of step {manifest.step} failed: {error}; {self._kept()}"))
 
     def _kept(self) -> str:
         try:

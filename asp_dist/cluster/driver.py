@@ -134,9 +134,7 @@ class _Launch:
         outcome: dict[str, Any] = result.return_value
         return outcome
 
-    def _watch(
-        self, files: LaunchFiles, trainer: ClusterTrainer, done: threading.Event, metrics: Tail, failures: Tail
-    ) -> None:
+    def _watch(self, files: LaunchFiles, trainer: ClusterTrainer, done: threading.Event, metrics: Tail, failures: Tail) -> None:
         """Show new rows until `done`; end Ray Train at an error that a restart would only repeat."""
         while True:
             last = done.wait(POLL_S)

@@ -27,9 +27,7 @@ def _style(quiet: bool, as_json: bool) -> Any:
 def add_arguments(parser: ArgumentParser) -> None:
     """Options of ``train``."""
     parser.add_argument("--quiet", action="store_true", help="show no progress.")
-    parser.add_argument(
-        "--json", action="store_true", help="print each row of metrics, and the summary, as JSON lines."
-    )
+    parser.add_argument("--json", action="store_true", help="print each row of metrics, and the summary, as JSON lines.")
     parser.add_argument("--dry-run", action="store_true", help="run three steps end to end, under a separate name.")
 
 

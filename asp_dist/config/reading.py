@@ -38,8 +38,7 @@ def from_dict(tree: dict[str, Any], cls: Any = Config, *, prefix: str = "", base
         elif get_origin(kind) is tuple:
             item = get_args(kind)[0]
             arguments[name] = tuple(
-                from_dict(v, item, prefix=f"{place}.{i}.") if dataclasses.is_dataclass(item) else v
-                for i, v in enumerate(value)
+                from_dict(v, item, prefix=f"{place}.{i}.") if dataclasses.is_dataclass(item) else v for i, v in enumerate(value)
             )
         else:
             arguments[name] = value

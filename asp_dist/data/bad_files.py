@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from asp_dist.errors import UserError, may_pass
 from asp_dist.data.samples import Samples
+from asp_dist.errors import UserError, may_pass
 
 
 class DataError(UserError):

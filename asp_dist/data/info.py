@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from asp_dist.config import DataConfig
-from asp_dist.errors import UserError, check
 from asp_dist.data.formats.folder import class_folders, scan_folder
 from asp_dist.data.formats.manifest import manifest_path, read_classes, read_manifest
-from asp_dist.data.samples import Samples
 from asp_dist.data.formats.shards import read_shards, shard_files
+from asp_dist.data.samples import Samples
+from asp_dist.errors import UserError, check
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,7 @@ def open_data_set(data: DataConfig) -> DataSet:
     """
     root = Path(data.root)
     if not root.is_dir():
-        raise UserError(
-            f"data.root = {data.root}: there is no such folder. `asp-dist prepare digits` writes a small data set"
-        )
+        raise UserError(f"data.root = {data.root}: there is no such folder. `asp-dist prepare digits` writes a small data set")
     kind = detect_format(root, data.train) if data.format == "auto" else data.format
     if kind == "folder":
         classes = class_folders(root / data.train)

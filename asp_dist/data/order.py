@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from asp_dist.errors import check
 from asp_dist.data.samples import IndexArray
+from asp_dist.errors import check
 
 
 def permutation(count: int, *key: int) -> IndexArray:
@@ -64,8 +64,7 @@ class EpochPlan:
         )
         check(
             self.num_samples >= self.batch_size,
-            f"data.batch_size = {self.batch_size} is larger than the {self.num_samples} training images: "
-            "use a smaller batch",
+            f"data.batch_size = {self.batch_size} is larger than the {self.num_samples} training images: use a smaller batch",
         )
 
     @property

@@ -35,9 +35,7 @@ class SyntheticTrain(TrainLoader):
 
     def _batches(self, epoch: int, step: int, pipeline: str | None) -> Iterator[Batch]:
         options = self.options
-        batch = noise(
-            self.plan.micro, options.spec_in(epoch), self.classes, options.device, options.seed * 1000 + options.rank
-        )
+        batch = noise(self.plan.micro, options.spec_in(epoch), self.classes, options.device, options.seed * 1000 + options.rank)
         for _ in range((self.steps_per_epoch - step) * self.plan.accumulate):
             yield batch
 
@@ -55,9 +53,7 @@ class SyntheticVal(ValLoader):
 
     def _batches(self) -> Iterator[Batch]:
         options = self.options
-        images, targets = noise(
-            self.batch_size, options.spec, self.classes, options.device, options.seed * 1000 + options.rank
-        )
+        images, targets = noise(self.batch_size, options.spec, self.classes, options.device, options.seed * 1000 + options.rank)
         for start in range(0, len(self.part), self.batch_size):
             real = min(self.batch_size, len(self.part) - start)
             yield images[:real], targets[:real]

@@ -13,10 +13,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from asp_dist.config import AugmentConfig
-from asp_dist.data.base import Batch, LoaderOptions, TrainLoader, ValLoader
 from asp_dist.data.bad_files import DataError, DataReadError, diagnose, pipeline_error, without_traceback
+from asp_dist.data.base import Batch, LoaderOptions, TrainLoader, ValLoader
 from asp_dist.data.images import ImageSpec
-from asp_dist.data.order import EpochPlan
 from asp_dist.data.samples import IndexArray, Samples
 
 STRICT = partial(diagnose, strict=True)  # PIL itself decodes here

@@ -102,9 +102,7 @@ def resolve_budget(budget: Budget, costs: NetworkCosts) -> ResolvedBudget:
     else:
         dense_cost, fixed_cost = dense, fixed
     if budget.count is not None:
-        allowed = (
-            torch.as_tensor(float(budget.count) - costs.unpruned_cost(budget.cost), dtype=torch.float64) - fixed_cost
-        )
+        allowed = torch.as_tensor(float(budget.count) - costs.unpruned_cost(budget.cost), dtype=torch.float64) - fixed_cost
         if float(allowed) > float(dense_cost):
             if budget.bound == "equal":
                 whole = float(dense_cost) + costs.unpruned_cost(budget.cost)

@@ -17,6 +17,17 @@ NEARBY = 1.05
 STEEPNESS = (0.1, 1000.0)
 # Weights, kept or removed, at which a count moves the model half way: the variance of a count's logit is about one over it.
 EVIDENCE = 4.0
+# Densities are told from 0 and from 1 by at least this much, so that a logit and a slope stay finite.
+MARGIN = 1e-9
+# The density at which the Gaussian model reaches about 5.45 σ, beyond `MAX_THRESHOLD`.
+LEAST_DENSITY = 5e-8
+# Tails of a layer's weights: bounds on the power of the distance to the largest one, and the power where no count tells it.
+TAIL_POWERS = (1.0, 50.0)
+USUAL_TAIL_POWER = 2.0
+# The share of the largest weight that no threshold exceeds.
+BELOW_LARGEST = 1.0 - 1e-3
+# Keeps a divisor from being 0.
+TINY = 1e-300
 
 
 def gaussian_density(thresholds: Tensor) -> Tensor:
@@ -87,7 +98,7 @@ class DensityModel:
 
     @staticmethod
     def _logit(density: Tensor) -> Tensor:
-        return torch.logit(density, eps=1e-9)
+        return torch.logit(density, eps=MARGIN)
 
     def observe(self, thresholds: Tensor, counts: LayerCounts, where: Tensor) -> None:
         """Take in the counts of the layers in the boolean mask `where` [L], made at `thresholds` [L] = b/σ."""
@@ -125,12 +136,11 @@ class DensityModel:
         gap, next_gap = edge - self.anchor, edge - NEARBY * self.anchor
         kept, nearby = self.kept.clamp_min(0.5 / self.numel), self.nearby
         known = (nearby > 0) & (nearby < kept) & (next_gap > 0)
-        power = torch.log(kept / nearby.clamp_min(1e-300)) / torch.log(gap / next_gap.clamp_min(1e-300)).clamp_min(
-            1e-12
-        )
-        power = torch.where(known, power.clamp(1.0, 50.0), torch.full_like(power, 2.0))
+        shrinking = torch.log(gap / next_gap.clamp_min(TINY)).clamp_min(1e-12)
+        power = torch.log(kept / nearby.clamp_min(TINY)) / shrinking
+        power = torch.where(known, power.clamp(*TAIL_POWERS), torch.full_like(power, USUAL_TAIL_POWER))
         ceiling = edge - gap.clamp_min(0.0) * (floors / kept).pow(1.0 / power)
-        return ceiling.minimum(edge * (1.0 - 1e-3))
+        return ceiling.minimum(edge * BELOW_LARGEST)
 
     def density(self, thresholds: Tensor) -> Tensor:
         """Density of each layer, [L], at `thresholds` [L] in units of σ."""
@@ -142,7 +152,7 @@ class DensityModel:
         slope = gaussian_density_gradient(thresholds)
         if not self.corrected:
             return slope
-        gaussian = gaussian_density(thresholds).clamp(1e-9, 1.0 - 1e-9)
+        gaussian = gaussian_density(thresholds).clamp(MARGIN, 1.0 - MARGIN)
         density = self.density(thresholds)
         return self.steepness * slope * density * (1.0 - density) / (gaussian * (1.0 - gaussian))
 
@@ -150,7 +160,7 @@ class DensityModel:
         """The thresholds at which `density` is `densities` [L], in (0, 1]."""
         if self.corrected:
             densities = torch.sigmoid((self._logit(densities) - self.shift) / self.steepness)
-        return threshold_for_density(densities.clamp(min=5e-8))
+        return threshold_for_density(densities.clamp(min=LEAST_DENSITY))
 
     def state_dict(self) -> dict[str, Tensor]:
         """What the counts so far have made of the model."""

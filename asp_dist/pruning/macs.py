@@ -110,9 +110,7 @@ def macs_per_weight(model: nn.Module, weights: Sequence[WeightInfo], input_shape
             for handle in mixed:
                 handle.remove()
     except (RuntimeError, AssertionError, NotImplementedError, IndexError) as error:
-        raise ValueError(
-            f"multiply-adds: the model does not run on an input of shape {tuple(input_shape)}: {error}"
-        ) from error
+        raise ValueError(f"multiply-adds: the model does not run on an input of shape {tuple(input_shape)}: {error}") from error
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
     return [uses.total[name] / info.numel for name, info in zip(names, weights)]

@@ -69,9 +69,7 @@ def _smallest_scale(fits: Callable[[float], bool], low: float, high: float) -> f
     return high
 
 
-def keep_counts(
-    magnitudes: SortedMagnitudes, thresholds: Tensor, budgets: Sequence[ResolvedBudget], floors: Tensor
-) -> Tensor:
+def keep_counts(magnitudes: SortedMagnitudes, thresholds: Tensor, budgets: Sequence[ResolvedBudget], floors: Tensor) -> Tensor:
     """How many weights of each layer stay: the exact budget, with the allocation that the thresholds express.
 
     Weights are ordered by |w| / threshold over the whole network, and as many of the first are kept as every budget allows;

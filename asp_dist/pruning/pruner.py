@@ -169,9 +169,7 @@ class Pruner:
     def _after_step(self, optimizer: Optimizer) -> None:
         """Put the pruned weights back; after the last optimizer's step, move the thresholds first."""
         found_inf = getattr(optimizer, "found_inf", None)
-        skipped = (
-            found_inf is not None and float(found_inf) > 0
-        )  # A fused optimizer was called, and skipped its update.
+        skipped = found_inf is not None and float(found_inf) > 0  # A fused optimizer was called, and skipped its update.
         last = optimizer is self.optimizers[-1]
         mine = [self.layers[index] for index in self._trained_by(optimizer)]
         self.skipped += skipped and last
@@ -393,9 +391,7 @@ class Pruner:
             hooks.remove()
 
 
-def _check_options(
-    control: Control, operator: Operator, ramp: Ramp, *, min_density: float, gradient_scale: float
-) -> None:
+def _check_options(control: Control, operator: Operator, ramp: Ramp, *, min_density: float, gradient_scale: float) -> None:
     for name, value, kind in (("control", control, Control), ("operator", operator, Operator), ("ramp", ramp, Ramp)):
         if not isinstance(value, kind):
             example = {"control": "Track()", "operator": "Power()", "ramp": "Ramp()"}[name]

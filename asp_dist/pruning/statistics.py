@@ -53,9 +53,7 @@ class LayerStatistics:
         fresh: bool [L], the layers that were counted last.
     """
 
-    def __init__(
-        self, layers: Sequence[LayerWeights], reducer: RankReducer, device: torch.device, *, nearby: bool
-    ) -> None:
+    def __init__(self, layers: Sequence[LayerWeights], reducer: RankReducer, device: torch.device, *, nearby: bool) -> None:
         self.layers, self.reducer, self.device, self.nearby = layers, reducer, device, nearby
         self.numel = torch.tensor([float(layer.info.numel) for layer in layers], dtype=torch.float64)
         # Kept weights; where they are asked for, weights near the threshold, and the largest one of each shard.

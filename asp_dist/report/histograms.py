@@ -64,9 +64,6 @@ def histograms(run_dir: Path) -> list[Histogram]:
             sigma = float(dense.std()) if dense.numel() > 1 else 1.0
             sigma = sigma or 1.0
             left = pruned[pruned != 0]
-            counts = [
-                torch.histc((v / sigma).clamp(-RANGE, RANGE), BINS, -RANGE, RANGE).long().tolist()
-                for v in (dense, left)
-            ]
+            counts = [torch.histc((v / sigma).clamp(-RANGE, RANGE), BINS, -RANGE, RANGE).long().tolist() for v in (dense, left)]
             found.append(Histogram(name, counts[0], counts[1], sigma))
     return found

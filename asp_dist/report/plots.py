@@ -40,9 +40,7 @@ def allocation(runs: list[tuple[str, list[LayerRow]]]) -> Figure:
     return {"data": data, "layout": layout}
 
 
-def _layers(
-    x: list[int], y: list[Any], text: list[str], name: str, index: int, yaxis: str, hover: str
-) -> dict[str, Any]:
+def _layers(x: list[int], y: list[Any], text: list[str], name: str, index: int, yaxis: str, hover: str) -> dict[str, Any]:
     return {
         "type": "scatter",
         "mode": "lines+markers",

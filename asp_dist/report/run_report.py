@@ -264,9 +264,7 @@ def layer_table(rows: list[LayerRow]) -> tuple[list[str], list[list[str]]]:
         error = number(estimate_error(row) if is_pruned(row) else None, "+.2%")
         shape = "×".join(map(str, row.get("shape", ())))
         dense = number(row.get("dense_gain"), "+.2%")
-        table.append(
-            [row["name"], row.get("type", ""), shape, *counts, *state, *shares, error, row.get("reason", ""), dense]
-        )
+        table.append([row["name"], row.get("type", ""), shape, *counts, *state, *shares, error, row.get("reason", ""), dense])
     return list(LAYER_HEADER), table
 
 
@@ -283,8 +281,7 @@ def _running(page: Page, runs: list[RunRecord]) -> None:
     events = [(run.name, row) for run in runs for row in run.of("event")][-EVENTS:]
     if events:
         cells = [
-            [name, row["step"], _clock(row.get("time")), row.get("event", ""), row.get("message", "")]
-            for name, row in events
+            [name, row["step"], _clock(row.get("time")), row.get("event", ""), row.get("message", "")] for name, row in events
         ]
         page.table(["run", "step", "time", "event", "message"], cells, text_columns=(3, 4))
     else:

@@ -13,16 +13,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.data import resolve_model_data_config
 
-from asp_dist.tracking.schema import LAYERS_FILE, VAL_LOSS, VAL_SAMPLES, VAL_TOP1, VAL_TOP5
+from asp_dist.checkpoint.record import load_config
 from asp_dist.config import Config
 from asp_dist.data import build_loaders, inspect_data
 from asp_dist.errors import UserError
 from asp_dist.models import check_model_name
+from asp_dist.tracking.schema import LAYERS_FILE, MODEL_FILE, VAL_LOSS, VAL_SAMPLES, VAL_TOP1, VAL_TOP5
 from asp_dist.training.build import place_model
 from asp_dist.training.evaluation import evaluate_model
 from asp_dist.training.validation import count_zeros
-from asp_dist.checkpoint.record import load_config
-from asp_dist.tracking.schema import MODEL_FILE
 from asp_dist.training.world import World, init_world
 
 
@@ -44,12 +43,8 @@ def evaluate(run_dir: Path) -> dict[str, Any]:
     model = load_model(config, file, len(inspect_data(config.data).classes))
     model_data = resolve_model_data_config(model)
     model = place_model(dataclasses.replace(config.training, parallel="ddp"), model, world)
-    data = dataclasses.replace(
-        config.data, eval_batch_size=config.data.eval_batch_size or min(64, config.data.batch_size)
-    )
-    loaders = build_loaders(
-        data, model_data=model_data, seed=config.training.seed, rank=0, world_size=1, device=world.device
-    )
+    data = dataclasses.replace(config.data, eval_batch_size=config.data.eval_batch_size or min(64, config.data.batch_size))
+    loaders = build_loaders(data, model_data=model_data, seed=config.training.seed, rank=0, world_size=1, device=world.device)
     try:
         results = evaluate_model(model, loaders.val, config.training, world)
     finally:

@@ -89,9 +89,7 @@ def build_scheduler(config: ScheduleConfig, optimizer: torch.optim.Optimizer, st
             updates_per_epoch=steps_per_epoch,
         )
     except ValueError as error:
-        raise UserError(
-            f"schedule.name = {config.name!r}: {error}; known: cosine, tanh, step, multistep, poly, wsd"
-        ) from error
+        raise UserError(f"schedule.name = {config.name!r}: {error}; known: cosine, tanh, step, multistep, poly, wsd") from error
     return scheduler
 
 
@@ -134,9 +132,7 @@ def place_model(config: TrainingConfig, model: nn.Module, world: World) -> nn.Mo
         model.to(memory_format=torch.channels_last)
     if config.sync_batch_norm and world.world_size > 1:
         if world.device.type != "cuda":
-            raise UserError(
-                "training.sync_batch_norm = true needs CUDA: torch has no synchronized batch norm on the CPU"
-            )
+            raise UserError("training.sync_batch_norm = true needs CUDA: torch has no synchronized batch norm on the CPU")
         model = convert_sync_batchnorm(model)
     if config.parallel == "fsdp" and world.world_size > 1:
         shard_model(model)

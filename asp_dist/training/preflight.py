@@ -77,9 +77,7 @@ def check_batch(config: Config, data: DataInfo) -> None:
     workers, cluster = planned_world_size(config), config.cluster
     problem = share_problem(config, workers)
     if problem and workers == cluster.num_workers != (cluster.min_workers or workers) and not started_by_torchrun():
-        problem += (
-            f"; nor among any fewer, down to cluster.min_workers = {cluster.min_workers}: lower it, or change the batch"
-        )
+        problem += f"; nor among any fewer, down to cluster.min_workers = {cluster.min_workers}: lower it, or change the batch"
     check(not problem, problem)
 
 

@@ -45,9 +45,7 @@ def test_the_wrapper_is_the_published_method() -> None:
     recorded = Recorded()
     one, other = recorded.network(), recorded.network()
     optimizer = published_sgd(one)
-    pruner = Pruner(
-        one, optimizer, CASES["asl_budget_equal"], control=SparsityLoss(initial_threshold=0.8, threshold_lr=1e-3)
-    )
+    pruner = Pruner(one, optimizer, CASES["asl_budget_equal"], control=SparsityLoss(initial_threshold=0.8, threshold_lr=1e-3))
     published = PublishedLoss(other, 0.1, 10.0, 0.8)
     for wrapper in published.wrappers:
         wrapper.double()

@@ -243,9 +243,7 @@ def test_a_run_goes_on_where_its_storage_changes(change: str, address: str, tmp_
 
 
 @pytest.mark.slow
-def test_an_old_place_that_does_not_answer_is_no_reason_to_start_over(
-    address: str, proxy: Proxy, tmp_path: Path
-) -> None:
+def test_an_old_place_that_does_not_answer_is_no_reason_to_start_over(address: str, proxy: Proxy, tmp_path: Path) -> None:
     torch.set_num_threads(1)
     local = small_config(tmp_path)
     with pytest.raises(Stopped):

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from ray.train import ScalingConfig
 from small_runs import small_config, with_changes
+from waiting import HANG_S
 
 from asp_dist.cluster import ClusterError, run
 from asp_dist.cluster.failures import describe
@@ -215,7 +216,7 @@ def ray_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     if ray.is_initialized():
         ray.shutdown()
     head.stdin.close()
-    head.wait(timeout=60)
+    head.wait(timeout=HANG_S)
     head.stdout.close()
 
 
@@ -328,11 +329,9 @@ def test_four_workers_that_lose_a_node_go_on_with_two(tmp_path: Path, monkeypatc
     assert any(re.search("2 workers instead of [14]:", message) for message in messages)
 
 
-def test_too_many_workers_fail_within_seconds_and_leave_nothing(tmp_path: Path) -> None:
-    begin = time.monotonic()
+def test_too_many_workers_fail_before_anything_starts(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="asks for 640 x 1 CPU"):
         run(small(tmp_path, address="local", num_workers=640), train=stand_in("fine"))
-    assert time.monotonic() - begin < 10
     assert _descendants(os.getpid()) == {}
     assert not (tmp_path / "run").exists()
 

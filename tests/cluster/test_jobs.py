@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 
 import pytest
 from processes import environment_of, processes
+from waiting import HANG_S, wait_until
 
 from asp_dist.cluster import jobs, ray_private, user_keys
 from asp_dist.config import Config, DataConfig, ModelConfig, from_dict
@@ -106,11 +106,11 @@ def head() -> Iterator[tuple[jobs.Cluster, Path]]:
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
     script = ROOT / "launch" / "local_cluster.sh"
-    subprocess.run([script, "start", "1"], env=environment, check=True, stdout=subprocess.DEVNULL, timeout=120)
+    subprocess.run([script, "start", "1"], env=environment, check=True, stdout=subprocess.DEVNULL, timeout=HANG_S)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WANDB_API_KEY", KEY)
         yield jobs.Cluster(f"http://127.0.0.1:{port}"), state / "c"
-    subprocess.run([script, "stop"], env=environment, check=True, timeout=120)
+    subprocess.run([script, "stop"], env=environment, check=True, timeout=HANG_S)
     marked = f"ASP_DIST_CLUSTER={state / 'c'}".encode()
     left = [title for number, _, title in processes() if marked in environment_of(number) or str(state) in title]
     shutil.rmtree(state, ignore_errors=True)
@@ -124,7 +124,7 @@ def local_cluster(command: str, **environment: str) -> subprocess.CompletedProce
         env=os.environ | {"PATH": path} | environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANG_S,
     )
 
 
@@ -207,9 +207,7 @@ def test_a_stopped_job_leaves_a_checkpoint_and_no_process(head: tuple[jobs.Clust
     out = io.StringIO()
     assert jobs.submit(config, cluster, wait=False, out=out) == 0
     job = out.getvalue().split()[1]
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "long" / "metrics.jsonl").exists() and time.monotonic() < deadline:
-        time.sleep(0.5)
+    wait_until((tmp_path / "long" / "metrics.jsonl").exists, "the first row")
     assert jobs.status(job, cluster, out) == 0
     assert "RUNNING" in out.getvalue()
     assert drivers_of(cluster_folder)
@@ -218,10 +216,7 @@ def test_a_stopped_job_leaves_a_checkpoint_and_no_process(head: tuple[jobs.Clust
     assert list((tmp_path / "long" / "checkpoints").glob("step-*"))
     left = [t for t in threading.enumerate() if t.name == "ray-train"]
     assert left == []
-    deadline = time.monotonic() + 60  # Ray says that a job has stopped before its processes have
-    while (drivers := drivers_of(cluster_folder)) and time.monotonic() < deadline:
-        time.sleep(0.5)
-    assert drivers == []
+    wait_until(lambda: not drivers_of(cluster_folder), "the end of the job's processes, which Ray does not wait for")
 
 
 @pytest.mark.slow

@@ -69,9 +69,7 @@ def test_onnx_computes_what_the_model_computes(tmp_path: Path) -> None:
     from onnx.reference import ReferenceEvaluator
 
     torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)
-    )
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
     file = tmp_path / "model.onnx"
     export_onnx(model, (3, 8, 8), file)
     images = torch.randn(5, 3, 8, 8)
@@ -144,9 +142,7 @@ def test_onnx_without_a_number_of_classes_is_refused_with_the_remedy(
 
 
 @pytest.mark.parametrize("form", ["sparse", "onnx"])
-def test_a_damaged_model_file_is_named(
-    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], form: str
-) -> None:
+def test_a_damaged_model_file_is_named(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], form: str) -> None:
     folder = older(finished, tmp_path / "old", metadata=True)
     (folder / "model.safetensors").write_bytes(b"nothing")
     assert main(["export", str(folder), "--format", form]) == 2

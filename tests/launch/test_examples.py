@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from waiting import HANG_S
 
 EXAMPLES = Path(__file__).parents[2] / "launch" / "examples"
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
@@ -33,7 +34,7 @@ def test_an_example_ends_at_its_budget(name: str, launcher: tuple[str, ...], las
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=HANG_S,
     )
     assert done.returncode == 0, done.stderr
     assert re.fullmatch(last, done.stdout.strip().splitlines()[-1]), done.stdout

@@ -21,9 +21,7 @@ BIN = Path(sys.executable).parent
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_scripts_pass_shellcheck(script: Path) -> None:
-    done = subprocess.run(
-        [BIN / "shellcheck", "-x", "--severity=style", script], cwd=ROOT, capture_output=True, text=True
-    )
+    done = subprocess.run([BIN / "shellcheck", "-x", "--severity=style", script], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
 

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import uuid
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -17,6 +16,7 @@ import timm
 import torch
 from processes import environment_of, processes
 from safetensors.torch import load_file
+from waiting import HANG_S, wait_until
 
 from asp_dist.data import prepare_digits
 from asp_dist.tracking import read_rows
@@ -42,7 +42,7 @@ def asp_dist(*words: str, launcher: tuple[str, ...] = (sys.executable, "-m", "as
     return subprocess.Popen([*launcher, *words], stdout=pipe, stderr=pipe, text=True, cwd=ROOT, env=ENVIRONMENT)
 
 
-def finish(process: subprocess.Popen[str], timeout_s: float = 500.0) -> tuple[int, str, str]:
+def finish(process: subprocess.Popen[str], timeout_s: float = HANG_S) -> tuple[int, str, str]:
     """Exit code, output and error output, once the process and all that it started are gone."""
     try:
         out, err = process.communicate(timeout=timeout_s)
@@ -74,12 +74,14 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> tuple[
     folder = tmp_path_factory.mktemp("runs")
     first = asp_dist(*train(folder, digits))
     metrics = folder / "quickstart" / "metrics.jsonl"
-    deadline = time.monotonic() + 300
-    while not any(row["step"] > 22 for row in read_rows(metrics)):  # an epoch has 22 steps
-        assert first.poll() is None and time.monotonic() < deadline, finish(first)
-        time.sleep(0.1)
+
+    def second_epoch() -> bool:
+        assert first.poll() is None, finish(first)
+        return any(row["step"] > 22 for row in read_rows(metrics))  # an epoch has 22 steps
+
+    wait_until(second_epoch, "the second epoch")
     first.send_signal(signal.SIGINT)
-    code, _, interrupted = finish(first, 120)
+    code, _, interrupted = finish(first)
     assert code == 75, interrupted
     code, out, err = finish(asp_dist(*train(folder, digits)))
     assert code == 0, err
@@ -191,7 +193,7 @@ BAD_INPUT = {
 @pytest.mark.parametrize("case", BAD_INPUT)
 def test_bad_input_ends_at_once_with_one_message(tmp_path: Path, digits: Path, case: str) -> None:
     words, expected = BAD_INPUT[case]
-    code, out, err = finish(asp_dist(*train(tmp_path, digits, *words)), 120)
+    code, out, err = finish(asp_dist(*train(tmp_path, digits, *words)))
     assert code in (1, 2) and out == ""
     assert err.startswith("error: ") and len(err.strip().splitlines()) == 1, err
     assert all(word in err for word in expected), err
@@ -212,7 +214,7 @@ def bad_folder(folder: Path, kind: str) -> Path:
 @pytest.mark.parametrize(("kind", "words"), [("empty", ("train",)), ("one class", ("one class", "zero"))])
 def test_unfit_data_folders_are_refused(tmp_path: Path, kind: str, words: tuple[str, ...]) -> None:
     folder = bad_folder(tmp_path / "data", kind)
-    code, _, err = finish(asp_dist(*train(tmp_path, folder)), 120)
+    code, _, err = finish(asp_dist(*train(tmp_path, folder)))
     assert code == 2 and len(err.strip().splitlines()) == 1
     assert str(folder) in err and all(word in err for word in words), err
 
@@ -221,14 +223,14 @@ def test_unfit_data_folders_are_refused(tmp_path: Path, kind: str, words: tuple[
 def test_a_folder_with_another_run_and_an_unreadable_checkpoint_are_refused(tmp_path: Path, digits: Path) -> None:
     words = ["--cluster.mode", "local", "--training.max_steps", "2", "--tracking.wandb", "disabled", "--quiet"]
     words += ["--model.name", "cifar_resnet20"]
-    code, _, err = finish(asp_dist(*train(tmp_path, digits, *words)), 200)
+    code, _, err = finish(asp_dist(*train(tmp_path, digits, *words)))
     assert code == 0, err
-    code, _, err = finish(asp_dist(*train(tmp_path, digits, *words, "--optimizer.lr", "0.3")), 120)
+    code, _, err = finish(asp_dist(*train(tmp_path, digits, *words, "--optimizer.lr", "0.3")))
     assert code == 2 and "optimizer.lr" in err and "0.3" in err and "Traceback" not in err, err
     for checkpoint in (tmp_path / "quickstart" / "checkpoints").iterdir():
         for file in checkpoint.iterdir():
             file.write_bytes(file.read_bytes()[:40])
     for name in ("summary.json", "model.safetensors"):
         (tmp_path / "quickstart" / name).unlink()
-    code, _, err = finish(asp_dist(*train(tmp_path, digits, *words)), 120)
+    code, _, err = finish(asp_dist(*train(tmp_path, digits, *words)))
     assert code in (1, 2) and "checkpoint" in err and "Traceback" not in err, err

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from waiting import HANG_S
 
 ROOT = Path(__file__).parents[2]
 TOOLS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
@@ -101,9 +102,7 @@ PartitionName=all Nodes=ALL Default=YES State=UP
             ["slurmd", "-D", "-N", "n1"],
             ["slurmd", "-D", "-N", "n2"],
         ):
-            daemons.append(
-                subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            )
+            daemons.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
             time.sleep(1)
         for _ in range(60):
             nodes = subprocess.run(["sinfo", "-h", "-o", "%D %t"], env=environment, capture_output=True, text=True)
@@ -117,7 +116,7 @@ PartitionName=all Nodes=ALL Default=YES State=UP
         for daemon in reversed(daemons):
             daemon.send_signal(signal.SIGTERM)
         for daemon in daemons:
-            daemon.wait(timeout=60)
+            daemon.wait(timeout=HANG_S)
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -141,7 +140,7 @@ output: {{dir: {folder}/runs}}
         env=environment,
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=HANG_S,
     )
     assert done.returncode == 0, done.stdout + done.stderr + log.read_text()
     assert '"world_size": 2' in (folder / "runs" / "tiny" / "summary.json").read_text()

@@ -160,9 +160,7 @@ def test_network_model_by_hand() -> None:
 
 def test_scaling_by_hand() -> None:
     schedule = {"batch_size": 64, "workers": 4, "epochs": 1, "val_images": 0, "steps": 3600}
-    row = scale(
-        schedule, StepTime("test", fixed=0.1, per_image=0.01, activation_bytes=0, images=(1, 2)), 8, exchange=0.02
-    )
+    row = scale(schedule, StepTime("test", fixed=0.1, per_image=0.01, activation_bytes=0, images=(1, 2)), 8, exchange=0.02)
     assert row["strong"] == pytest.approx({"images": 8, "step": 0.2, "efficiency": 0.74 / 1.6, "hours": 0.2})
     assert row["weak"]["batch_size"] == 128
     assert row["weak"]["step"] == pytest.approx(0.28)

@@ -106,9 +106,7 @@ def test_loss_with_its_options_arrives_before_the_freeze(sparsity: float) -> Non
 
 
 @pytest.mark.parametrize(("control", "sparsity"), [(TRACK, 0.9), (TRACK, 0.99), (LOSS, 0.9)])
-def test_a_multiply_adds_budget_is_met_in_time_and_then_within_a_channels_cost(
-    control: Control, sparsity: float
-) -> None:
+def test_a_multiply_adds_budget_is_met_in_time_and_then_within_a_channels_cost(control: Control, sparsity: float) -> None:
     errors, slacks = [], []
     for pruner in training(Budget.macs(sparsity=sparsity), control=control):
         (limit,) = pruner.budgets
@@ -124,9 +122,7 @@ def test_a_multiply_adds_budget_is_met_in_time_and_then_within_a_channels_cost(
         for per_weight, info in zip(limit.per_weight.tolist(), pruner.pruned_weights)
     )
     assert len(errors) == FREEZE - ARRIVAL
-    print(
-        f"{control}: {max(map(abs, errors)):.5f} at worst, {errors[-1]:+.5f} at the freeze, {max(slacks):.0f} MACs free"
-    )
+    print(f"{control}: {max(map(abs, errors)):.5f} at worst, {errors[-1]:+.5f} at the freeze, {max(slacks):.0f} MACs free")
     if control == TRACK:
         assert max(abs(error) for error in errors) <= 0.002
     assert abs(errors[-1]) <= 0.01

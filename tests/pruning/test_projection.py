@@ -148,9 +148,7 @@ def test_kth_largest_over_all_magnitudes() -> None:
     ties=st.booleans(),
     seed=st.integers(0, 1000),
 )
-def test_every_budget_is_exact(
-    sizes: list[int], density: float, mac_density: float | None, ties: bool, seed: int
-) -> None:
+def test_every_budget_is_exact(sizes: list[int], density: float, mac_density: float | None, ties: bool, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     layers = [torch.randn(n, generator=generator) for n in sizes]
     if ties:

@@ -213,9 +213,7 @@ def test_accumulated_gradients_equal_one_batch() -> None:
 def test_an_averaged_model_is_sparse_to_the_same_budget() -> None:
     model = small_network(dtype=torch.float32)
     optimizer = published_sgd(model)
-    pruner = Pruner(
-        model, optimizer, TENTH, control=Track(), ramp=Ramp("cubic", end=0.5, freeze_at=0.8, total_steps=20)
-    )
+    pruner = Pruner(model, optimizer, TENTH, control=Track(), ramp=Ramp("cubic", end=0.5, freeze_at=0.8, total_steps=20))
     average = ModelEmaV3(model, decay=0.5)
     for step in range(20):
         train_step(model, optimizer, step)
@@ -370,9 +368,7 @@ def test_a_layer_without_a_gradient() -> None:
     model = Partial()
     before = model.unused.weight.detach().clone()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    pruner = Pruner(
-        model, optimizer, TENTH, control=SparsityLoss(initial_threshold=0.8, threshold_lr=0.1), center=False
-    )
+    pruner = Pruner(model, optimizer, TENTH, control=SparsityLoss(initial_threshold=0.8, threshold_lr=0.1), center=False)
     for step in range(5):
         train_step(model, optimizer, step)
     with pruner.dense():
@@ -387,16 +383,12 @@ def test_a_layer_without_a_gradient() -> None:
 def test_half_precision_weights(operator: Operator) -> None:
     model = small_network(dtype=torch.bfloat16)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    pruner = Pruner(
-        model, optimizer, TENTH, control=SparsityLoss(initial_threshold=1.0, threshold_lr=0.1), operator=operator
-    )
+    pruner = Pruner(model, optimizer, TENTH, control=SparsityLoss(initial_threshold=1.0, threshold_lr=0.1), operator=operator)
     for step in range(10):
         train_step(model, optimizer, step)
     with pruner.dense():
         for i, index in enumerate((2, 5)):
-            assert float(pruner.sigmas[i]) == pytest.approx(
-                float(weight(model, index).detach().double().std()), rel=1e-4
-            )
+            assert float(pruner.sigmas[i]) == pytest.approx(float(weight(model, index).detach().double().std()), rel=1e-4)
     pruner.finalize()
     for step in range(5):
         train_step(model, optimizer, step)

@@ -56,9 +56,7 @@ def test_losses_by_hand(budget: Budget, value: float, gradient: list[float]) -> 
 def test_gaussian_density() -> None:
     assert gaussian_density(vector(0.0, 1.0, 2.0)).tolist() == pytest.approx([1.0, 0.317310508, 0.045500264])
     assert threshold_for_density(vector(0.1, 0.317310508)).tolist() == pytest.approx([1.644853627, 1.0])
-    assert gaussian_density(vector(-1.0)).item() == pytest.approx(
-        2 - 0.317310508
-    )  # r is not clamped here, as published
+    assert gaussian_density(vector(-1.0)).item() == pytest.approx(2 - 0.317310508)  # r is not clamped here, as published
     assert gaussian_density(vector(8.0)).item() == pytest.approx(math.erfc(8 / math.sqrt(2)), rel=1e-9)
 
 

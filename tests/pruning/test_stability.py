@@ -123,9 +123,7 @@ def test_the_learned_allocation_follows_the_schedules_peak_not_its_warm_up(sched
     _, _, loss_without = train_with(schedule, 0.0)
     controller: Any = pruner.controller
     largest = torch.stack(allocations).diff(dim=0).abs().max().item()
-    print(
-        f"largest move {largest:.4f}; mean loss after the ramp {loss:.3f}, with a fixed allocation {loss_without:.3f}"
-    )
+    print(f"largest move {largest:.4f}; mean loss after the ramp {loss:.3f}, with a fixed allocation {loss_without:.3f}")
     assert 0.0 < largest <= 3 * rate + 1e-12  # three standard deviations
     assert float(controller.alpha.abs().max()) < MAX_ALPHA
     assert loss <= loss_without + 0.2  # chance is 2.303
@@ -146,9 +144,7 @@ def test_uniform_weights_are_held_at_the_budget() -> None:
         errors.append(abs(share(now) - density))
         flips.append(share([a != b for a, b in zip(now, before)]))
         before = now
-    print(
-        f"off by at most {max(errors[100:]):.4f}, at most {max(flips[100:]):.2%} of the mask's bits flipped in a step"
-    )
+    print(f"off by at most {max(errors[100:]):.4f}, at most {max(flips[100:]):.2%} of the mask's bits flipped in a step")
     assert max(errors[100:]) <= 0.002
     assert max(flips[100:]) <= 0.01
     assert min(float(mask.double().mean()) for mask in before) > 0.0
@@ -238,9 +234,7 @@ def digits() -> tuple[Tensor, Tensor]:
     pixels, labels = load_digits(return_X_y=True)
     images = torch.from_numpy(pixels).float().reshape(-1, 1, 8, 8) / 8.0 - 1.0
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    return images[order].repeat(1, 3, 1, 1).repeat_interleave(2, 2).repeat_interleave(2, 3), torch.from_numpy(labels)[
-        order
-    ]
+    return images[order].repeat(1, 3, 1, 1).repeat_interleave(2, 2).repeat_interleave(2, 3), torch.from_numpy(labels)[order]
 
 
 def test_building_a_pruner_leaves_a_trained_network_as_good_as_it_was() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from make_run import make_run
+from waiting import HANG_S
 
 from asp_dist.errors import UserError
 from asp_dist.report import write_report
@@ -133,7 +134,7 @@ def test_a_browser_draws_every_trace_from_disk_without_a_network(tmp_path: Path,
         runs.append(make_run(tmp_path / "b", layers=20, top1=0.7, sparsity=0.95))
     path = write_report(runs)
     command = [str(BROWSER), *FLAGS, f"--user-data-dir={tmp_path / 'browser'}", path.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG_S)
     assert "CONSOLE" not in done.stderr, done.stderr
     expected = {name: len(figure["data"]) for name, figure in figures(path.read_text(encoding="utf-8")).items()}
     blocks = re.split(r'<div id="(figure\d+)"', done.stdout)[1:]

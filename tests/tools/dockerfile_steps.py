@@ -38,9 +38,7 @@ class Image:
     def __init__(self, root: Path, context: Path) -> None:
         self.root, self.context = root, context
         self.environment = {"PATH": "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin", "HOME": "/root", "LANG": "C.UTF-8"}
-        self.environment |= {
-            k: v for k, v in os.environ.items() if k.startswith("PIP_") or k.lower().endswith("_proxy")
-        }
+        self.environment |= {k: v for k, v in os.environ.items() if k.startswith("PIP_") or k.lower().endswith("_proxy")}
         self.folder, self.user, self.shell = "/", "0", ["/bin/sh", "-c"]
 
     def step(self, name: str, rest: str) -> None:

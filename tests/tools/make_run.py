@@ -98,10 +98,6 @@ def _checkpoint(folder: Path, shapes: list[tuple[int, ...]]) -> None:
     names = [row["name"] for row in layer_rows(shapes, 1.0) if row["pruned"]]
     torch.manual_seed(0)
     weights = {name: torch.randn(shape) for name, shape in zip(names, shapes)}
-    save_file(
-        {f"{n}.weight": torch.where(w.abs() > 1, w, 0.0) for n, w in weights.items()}, folder / "model.safetensors"
-    )
-    save_file(
-        {f"dense.{n}": torch.where(w.abs() > 1, 0.0, w) for n, w in weights.items()}, folder / "pruner.safetensors"
-    )
+    save_file({f"{n}.weight": torch.where(w.abs() > 1, w, 0.0) for n, w in weights.items()}, folder / "model.safetensors")
+    save_file({f"dense.{n}": torch.where(w.abs() > 1, 0.0, w) for n, w in weights.items()}, folder / "pruner.safetensors")
     (folder / "manifest.json").write_text(json.dumps({"step": 1}), encoding="utf-8")

@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from waiting import HANG_S
+
 from asp_dist.config import (
     AugmentConfig,
     ClusterConfig,
@@ -101,9 +103,7 @@ class SignalAt(SignalHooks):
         return super().stop_requested()
 
 
-def torchrun(
-    script: Path, *arguments: str, ranks: int = 2, timeout_s: float = 240.0
-) -> subprocess.CompletedProcess[str]:
+def torchrun(script: Path, *arguments: str, ranks: int = 2, timeout_s: float = HANG_S) -> subprocess.CompletedProcess[str]:
     """Run `script` on `ranks` processes of torchrun, one thread each."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", str(script)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}

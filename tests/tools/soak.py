@@ -66,9 +66,7 @@ class Soak:
         self.driver = self.start()
 
     def start(self) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(
-            [sys.executable, "-m", "asp_dist", "train", str(self.config)], stdout=self.log, stderr=self.log
-        )
+        return subprocess.Popen([sys.executable, "-m", "asp_dist", "train", str(self.config)], stdout=self.log, stderr=self.log)
 
     def kill(self) -> None:
         """Kill somebody; nothing happens if nobody is there yet."""

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import wandb
+from waiting import HANG_S
 
 from asp_dist.config import Config, TrackingConfig
 from asp_dist.errors import UserError
@@ -190,9 +191,7 @@ def test_offline_file_holds_every_series_on_its_step_axis(tmp_path: Path) -> Non
     scalars = {key for row in rows for key, value in row.items() if isinstance(value, int | float)}
     assert len(scalars) <= 40, scalars
     assert len({key for row in rows for key in row}) <= 45
-    kinds = {
-        record.WhichOneof("record_type") for path in wandb_files(tmp_path) for record in transaction_log.records(path)
-    }
+    kinds = {record.WhichOneof("record_type") for path in wandb_files(tmp_path) for record in transaction_log.records(path)}
     assert {"run", "summary", "artifact", "exit"} <= kinds
     assert read_history(tmp_path).steps == [20, 40]
     assert len(read_layers(tmp_path)) == 301
@@ -232,7 +231,7 @@ tracker.finish({"top1": 1.0})
 def start_run(run_dir: Path, *numbers: int) -> int:
     command = [sys.executable, "-c", RUN, str(run_dir), *map(str, numbers)]
     environment = {key: value for key, value in os.environ.items() if key != "WANDB_SERVICE"}  # this process's own
-    done = subprocess.run(command, timeout=300, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, timeout=HANG_S, env=environment, capture_output=True, text=True)
     print(done.stderr)
     return done.returncode
 
@@ -316,9 +315,7 @@ def test_server_that_never_answers_goes_offline(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.slow
-def test_server_that_hangs_after_the_first_question_goes_offline(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_server_that_hangs_after_the_first_question_goes_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wandb.teardown()  # wandb's own process may have died of another test's answers, and is started anew only then
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     with server(200, json.dumps({"data": {"viewer": {"id": "me"}}}).encode(), seconds=60, at_once=1) as url:

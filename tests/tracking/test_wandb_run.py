@@ -7,11 +7,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from waiting import HANG_S, wait_until
 
 from asp_dist.tracking import read_layers, read_rows
 from asp_dist.tracking.wandb import transaction_log
@@ -71,9 +71,7 @@ def check_files(run: Path) -> None:
     for key in PROMISED:
         due = range(STEPS, EPOCHS * STEPS + 1, STEPS) if key.startswith("val/") else steps
         assert [row["global_step"] for row in rows if key in row] == list(due), key
-    assert [row["global_step"] for row in rows if "layers/table" in row] == list(
-        range(STEPS, EPOCHS * STEPS + 1, STEPS)
-    )
+    assert [row["global_step"] for row in rows if "layers/table" in row] == list(range(STEPS, EPOCHS * STEPS + 1, STEPS))
     scalars = {key for row in rows for key, value in row.items() if isinstance(value, int | float)}
     assert len(scalars) <= 40
     mine = read_rows(run / "metrics.jsonl")
@@ -84,7 +82,7 @@ def check_files(run: Path) -> None:
 
 @pytest.mark.slow
 def test_wandb_file_of_a_run_holds_every_promised_series(tmp_path: Path) -> None:
-    done = subprocess.run(command(tmp_path), env=environment(tmp_path), capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command(tmp_path), env=environment(tmp_path), capture_output=True, text=True, timeout=HANG_S)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("wandb sync") == 1  # said once while it runs; the final table says it again
     run = tmp_path / "run"
@@ -97,9 +95,7 @@ def test_wandb_file_of_a_run_holds_every_promised_series(tmp_path: Path) -> None
     assert {"config", "model", "layers"} <= artifacts
     summary = {item.key for record in records["summary"] for item in record.summary.update}
     assert {"top1", "sparsity", "target_sparsity", "world_size"} <= summary
-    assert (
-        any(item.key == "schedule" for record in records["config"] for item in record.config.update) or records["run"]
-    )
+    assert any(item.key == "schedule" for record in records["config"] for item in record.config.update) or records["run"]
     layers = read_layers(run)
     assert sum(row["pruned"] for row in layers) == 18
     assert all("dense_gain" in row for row in layers if row["pruned"])
@@ -110,20 +106,19 @@ def test_wandb_file_of_a_run_holds_every_promised_series(tmp_path: Path) -> None
 @pytest.mark.slow
 def test_a_killed_run_goes_on_in_the_same_wandb_run(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    process = subprocess.Popen(
-        command(tmp_path), env=environment(tmp_path), stderr=subprocess.DEVNULL, start_new_session=True
-    )
+    process = subprocess.Popen(command(tmp_path), env=environment(tmp_path), stderr=subprocess.DEVNULL, start_new_session=True)
     try:
-        limit = time.monotonic() + 200
-        while not any(row["step"] >= 3 * STEPS + EVERY for row in read_rows(run / "metrics.jsonl")):
+
+        def in_the_fourth_epoch() -> bool:
             assert process.poll() is None
-            assert time.monotonic() < limit
-            time.sleep(0.05)
+            return any(row["step"] >= 3 * STEPS + EVERY for row in read_rows(run / "metrics.jsonl"))
+
+        wait_until(in_the_fourth_epoch, "the fourth epoch", 0.05)
     finally:
         os.killpg(process.pid, signal.SIGKILL)  # wandb's own process too
         process.wait()
     first = run_id(run)
-    done = subprocess.run(command(tmp_path), env=environment(tmp_path), capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command(tmp_path), env=environment(tmp_path), capture_output=True, text=True, timeout=HANG_S)
     assert done.returncode == 0, done.stderr
     assert run_id(run) == first
     assert len(transaction_log.run_files(run, first)) == 2

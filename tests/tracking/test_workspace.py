@@ -14,9 +14,7 @@ from asp_dist.tracking.wandb.workspace import LAYER_PANELS, SECTIONS, build_work
 
 pytest.importorskip("wandb_workspaces")
 # wandb-workspaces itself still uses pydantic's first interface.
-pytestmark = pytest.mark.filterwarnings(
-    r"ignore:(Pydantic V1|Support for class-based|`json_encoders`).*:DeprecationWarning"
-)
+pytestmark = pytest.mark.filterwarnings(r"ignore:(Pydantic V1|Support for class-based|`json_encoders`).*:DeprecationWarning")
 
 
 @pytest.fixture(autouse=True)
@@ -48,9 +46,7 @@ def test_workspace_and_report_are_written_without_a_server(tmp_path: Path) -> No
         lines = [panel for panel in found if panel["viewType"] == "Run History Line Plot"]
         assert {panel["config"]["xAxis"] for panel in lines} == {"global_step"}
         assert {key for panel in lines for key in panel["config"]["metrics"]} == keys
-        assert [panel["config"]["mediaKeys"] for panel in found if panel["viewType"] == "Media Browser"] == [
-            [*LAYER_PANELS]
-        ]
+        assert [panel["config"]["mediaKeys"] for panel in found if panel["viewType"] == "Media Browser"] == [[*LAYER_PANELS]]
         assert len([panel for panel in found if panel["viewType"] == "Scatter Plot"]) == 1
     assert (things["workspace"]["entity"], things["workspace"]["project"]) == ("team", "pruning")
 
@@ -60,9 +56,7 @@ def test_workspace_survives_the_way_through_its_serialized_form() -> None:
     again = type(workspace)._from_model(workspace._to_model())
     assert [section.name for section in again.sections] == [*SECTIONS, "Layers", "All runs"]
     assert panels(serialized(again)) != []
-    assert [panel.title for panel in again.sections[0].panels] == [
-        chart.title for chart in next(iter(SECTIONS.values()))
-    ]
+    assert [panel.title for panel in again.sections[0].panels] == [chart.title for chart in next(iter(SECTIONS.values()))]
 
 
 def test_without_a_login_it_says_so() -> None:

@@ -16,6 +16,7 @@ import pytest
 import yaml
 from processes import below, processes
 from safetensors import safe_open
+from waiting import HANG_S, wait_until
 
 from asp_dist.cluster.worker import POLL_S
 from asp_dist.data import prepare
@@ -74,14 +75,14 @@ def start(config: Path, *options: str) -> subprocess.Popen[str]:
 
 
 def finish(run: subprocess.Popen[str], code: int = 0) -> str:
-    output, _ = run.communicate(timeout=500)
+    output, _ = run.communicate(timeout=HANG_S)
     assert run.returncode == code, output
     return output
 
 
 def wait_for_step(run: subprocess.Popen[str], folder: Path, step: int) -> None:
     """Until the run's log has reached `step`."""
-    deadline = time.monotonic() + 400
+    deadline = time.monotonic() + HANG_S
     while time.monotonic() < deadline:
         assert run.poll() is None, run.communicate()[0]
         path = folder / "run" / "metrics.jsonl"
@@ -148,10 +149,7 @@ def terminate(run: subprocess.Popen[str]) -> None:
     os.kill(run.pid, signal.SIGTERM)
     try:
         folder = Path(str(run.args[-1])).parent  # type: ignore[index]
-        deadline = time.monotonic() + 60
-        while not list(folder.glob("run/cluster/*/stop")):
-            assert time.monotonic() < deadline, "the driver wrote no stop file"
-            time.sleep(0.05)
+        wait_until(lambda: list(folder.glob("run/cluster/*/stop")), "the driver's stop file", 0.05)
         time.sleep(POLL_S)
     finally:
         for number in held:

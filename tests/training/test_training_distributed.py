@@ -86,13 +86,9 @@ def test_sharded_weights_resume_bit_for_bit(outcome: tuple[Path, dict[str, Any]]
     assert found["stopped"] == 5
     assert found["fsdp"]["sparsity"] == pytest.approx(0.9, abs=5e-4) and found["fsdp"]["bad_steps"] == 0
     for file in ("model.safetensors", "optimizer.safetensors", "pruner.safetensors"):
-        one, two = (
-            (folder / name / "checkpoints" / "step-00000008" / file).read_bytes() for name in ("whole", "parts")
-        )
+        one, two = ((folder / name / "checkpoints" / "step-00000008" / file).read_bytes() for name in ("whole", "parts"))
         assert one == two, file
-    assert (folder / "whole" / "model.safetensors").read_bytes() == (
-        folder / "parts" / "model.safetensors"
-    ).read_bytes()
+    assert (folder / "whole" / "model.safetensors").read_bytes() == (folder / "parts" / "model.safetensors").read_bytes()
 
 
 @pytest.mark.slow

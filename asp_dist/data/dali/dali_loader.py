@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from asp_dist.data.base import Batch, LoaderOptions, TrainLoader, ValLoader
 from asp_dist.data.bad_files import pipeline_error
+from asp_dist.data.base import Batch, LoaderOptions, TrainLoader, ValLoader
 from asp_dist.data.order import EpochPlan
 from asp_dist.data.samples import IndexArray, Samples
 

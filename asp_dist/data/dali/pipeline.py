@@ -9,9 +9,9 @@ from nvidia.dali import fn, math, pipeline_def, types
 from nvidia.dali.auto_aug import auto_augment, rand_augment, trivial_augment
 
 from asp_dist.config import AugmentConfig
-from asp_dist.data.images import ImageSpec
 from asp_dist.data.dali.readers import Reader
 from asp_dist.data.dali.resize import MODES, torch_resize
+from asp_dist.data.images import ImageSpec
 
 INTERPOLATION = {
     "nearest": types.INTERP_NN,

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from nvidia.dali import fn
 
-from asp_dist.data.samples import IndexArray, Samples
 from asp_dist.data.formats.shards import index_lines
+from asp_dist.data.samples import IndexArray, Samples
 
 # File systems on which plain reads beat memory maps.
 NETWORK = frozenset({"nfs", "nfs4", "cifs", "smb3", "lustre", "ceph", "fuse", "gpfs", "beegfs", "9p", "afs"})

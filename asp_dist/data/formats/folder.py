@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from asp_dist.errors import UserError, check
 from asp_dist.data.samples import Names, Samples
+from asp_dist.errors import UserError, check
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2"})
 

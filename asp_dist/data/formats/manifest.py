@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
+from asp_dist.data.samples import IndexArray, Names, Samples
 from asp_dist.errors import UserError, check
 from asp_dist.files import write_bytes, write_text
-from asp_dist.data.samples import IndexArray, Names, Samples
 
 SUFFIX = ".tsv"
 NEWLINE, TAB, SPACE, ZERO = 10, 9, 32, 48

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
-from asp_dist.errors import UserError, check
-from asp_dist.files import replacing
 from asp_dist.data.formats.folder import EXTENSIONS
 from asp_dist.data.order import permutation
 from asp_dist.data.samples import IndexArray, Names, Samples
+from asp_dist.errors import UserError, check
+from asp_dist.files import replacing
 
 Member = tuple[str, int, int, int]  # name, offset, size, label
 SHUFFLE_SEED = 0x5EED

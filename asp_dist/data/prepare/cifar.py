@@ -12,9 +12,9 @@ from typing import IO, Any
 
 import numpy as np
 
+from asp_dist.data.samples import plain_name
 from asp_dist.errors import UserError
 from asp_dist.files import replacing
-from asp_dist.data.samples import plain_name
 
 URL = "https://www.cs.toronto.edu/~kriz/"
 # data set: (archive, folder, training batches, validation batch, key of the labels, file and key of the names)
@@ -71,9 +71,7 @@ def read_source(dataset: str, source: Path) -> dict[str, dict[bytes, Any]]:
                 with tarfile.open(place) as tar:
                     return {name: _read(tar.extractfile(f"{folder}/{name}")) for name in wanted}  # type: ignore[arg-type]
     except (OSError, KeyError, tarfile.TarError, pickle.UnpicklingError, EOFError) as error:
-        raise UserError(
-            f"--source {place}: cannot be read as {dataset} ({error}): fetch {URL}{archive} again"
-        ) from error
+        raise UserError(f"--source {place}: cannot be read as {dataset} ({error}): fetch {URL}{archive} again") from error
     raise UserError(f"--source {source}: holds neither {archive} nor {folder}/: fetch {URL}{archive} into it")
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from asp_dist.errors import UserError
 from asp_dist.data.formats.manifest import write_classes
+from asp_dist.errors import UserError
 
 SIDE, BORDER = 32, 4
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

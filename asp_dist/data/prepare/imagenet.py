@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from asp_dist.errors import UserError, check
 from asp_dist.data.samples import Names, Samples, plain_name
+from asp_dist.errors import UserError, check
 
 TRAIN, VAL, DEVKIT = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"
 META = "ILSVRC2012_devkit_t12/data/meta.mat"
@@ -118,9 +118,7 @@ def open_archives(source: Path) -> Archives:
     )
 
 
-def _samples(
-    root: Path, archive: str, members: list[tuple[str, int, int]], names: list[str], labels: list[int]
-) -> Samples:
+def _samples(root: Path, archive: str, members: list[tuple[str, int, int]], names: list[str], labels: list[int]) -> Samples:
     return Samples(
         root,
         Names.of(names),

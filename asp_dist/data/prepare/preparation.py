@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Literal
 
 from asp_dist.config import DataConfig
-from asp_dist.errors import UserError, check
-from asp_dist.files import write_bytes
+from asp_dist.data.formats.manifest import write_classes, write_manifest
+from asp_dist.data.formats.shards import write_shards
+from asp_dist.data.info import DataInfo, inspect_data, open_data_set
 from asp_dist.data.prepare.cifar import LAYOUTS, prepare_cifar
 from asp_dist.data.prepare.digits import prepare_digits
 from asp_dist.data.prepare.imagenet import open_archives
-from asp_dist.data.info import DataInfo, inspect_data, open_data_set
-from asp_dist.data.formats.manifest import write_classes, write_manifest
 from asp_dist.data.prepare.progress import progress_bar
 from asp_dist.data.samples import Samples
-from asp_dist.data.formats.shards import write_shards
+from asp_dist.errors import UserError, check
+from asp_dist.files import write_bytes
 
 Target = Literal["digits", "cifar10", "cifar100", "imagenet", "manifest", "shards"]
 Layout = Literal["folder", "shards"]

@@ -13,12 +13,12 @@ from typing import Literal, get_args
 import numpy as np
 
 from asp_dist.config import DataConfig
-from asp_dist.errors import check
+from asp_dist.data.formats.manifest import write_classes, write_manifest
 from asp_dist.data.images import default_threads
 from asp_dist.data.info import DataSet, open_data_set
-from asp_dist.data.formats.manifest import write_classes, write_manifest
 from asp_dist.data.prepare.progress import progress_bar
 from asp_dist.data.samples import Samples
+from asp_dist.errors import check
 
 Kind = Literal["unreadable", "empty", "not an image", "truncated", "cmyk", "duplicate"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -135,7 +135,10 @@ def verify(
     unknown = sorted(set(keep) - set(KINDS))
     check(not unknown, f"keep = {unknown} names no kind of finding; there are {', '.join(KINDS)}")
     data_set = open_data_set(DataConfig(root=str(root), train=train, val=val))
-    check(manifest is None or data_set.info.format != "shards", "manifests are not supported for shards: write new shards without the bad files")
+    check(
+        manifest is None or data_set.info.format != "shards",
+        "manifests are not supported for shards: write new shards without the bad files",
+    )
     total = data_set.info.num_train + data_set.info.num_val
     with progress_bar("Verifying", total, progress) as advance:
         findings = tuple(_findings(data_set, threads or default_threads(), advance))

@@ -153,9 +153,7 @@ class TrackController(Controller):
     def _bounds(self, step: int) -> tuple[Tensor, Tensor]:
         """How far each layer's threshold may be from where its weights were counted last, for the move after `step`."""
         model = self.problem.density_model
-        now, after = (
-            threshold_for_density(self.problem.targets(s)[0]).expand_as(self.scheduled) for s in (step, step + 1)
-        )
+        now, after = (threshold_for_density(self.problem.targets(s)[0]).expand_as(self.scheduled) for s in (step, step + 1))
         self.scheduled = torch.where(model.fresh, now, self.scheduled)
         # Under one factor for all layers, thresholds move in proportion to their size.
         proportion = (model.anchor / self.scheduled.clamp_min(0.1)).clamp_min(1.0)

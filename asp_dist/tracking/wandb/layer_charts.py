@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from asp_dist.tracking.schema import LAYERS_HEAT_MAP, LAYERS_LINES, LAYERS_SPARSITY, LAYERS_TABLE
 from asp_dist.pruning.names import LayerRow
 from asp_dist.tracking.heat_map import heat_map
 from asp_dist.tracking.layer_rows import COLUMNS, LayerHistory, estimate_error, is_pruned
+from asp_dist.tracking.schema import LAYERS_HEAT_MAP, LAYERS_LINES, LAYERS_SPARSITY, LAYERS_TABLE
 
 EXTRA = ("dense_top1", "dense_gain", "extra_pruned_top1", "reason")
 CHART_ROWS = 10_000  # wandb draws no more rows of a custom chart's table
@@ -23,10 +23,7 @@ def table_columns(rows: list[LayerRow]) -> list[str | int]:
 def table_rows(rows: list[LayerRow]) -> list[list[Any]]:
     """The rows of the layer table, as `table_columns` names them."""
     columns = table_columns(rows)
-    full = [
-        {**row, "shape": "x".join(map(str, row.get("shape", ()))), "estimate_error": estimate_error(row)}
-        for row in rows
-    ]
+    full = [{**row, "shape": "x".join(map(str, row.get("shape", ()))), "estimate_error": estimate_error(row)} for row in rows]
     return [[row.get(str(key)) for key in columns] for row in full]
 
 
@@ -40,9 +37,7 @@ def charts(rows: list[LayerRow], history: LayerHistory) -> dict[str, Any]:
     import plotly.graph_objects as go
     import wandb
 
-    sparsities = [
-        row["measured_sparsity"] for row in rows if is_pruned(row) and row.get("measured_sparsity") is not None
-    ]
+    sparsities = [row["measured_sparsity"] for row in rows if is_pruned(row) and row.get("measured_sparsity") is not None]
     logged: dict[str, Any] = {LAYERS_TABLE: wandb.Table(columns=table_columns(rows), data=table_rows(rows))}
     if sparsities:
         logged[LAYERS_SPARSITY] = wandb.Histogram(sparsities, num_bins=32)

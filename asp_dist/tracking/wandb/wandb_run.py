@@ -9,13 +9,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from asp_dist.tracking.schema import CONFIG_FILE, EVENT, LAYERS_FILE, MODEL_FILE
 from asp_dist.config import Config, TrackingConfig, to_dict
 from asp_dist.pruning.names import LayerRow
-from asp_dist.tracking.wandb import transaction_log
-from asp_dist.tracking.wandb import layer_charts
 from asp_dist.tracking.layer_rows import LayerHistory
 from asp_dist.tracking.rows import Row
+from asp_dist.tracking.schema import CONFIG_FILE, EVENT, LAYERS_FILE, MODEL_FILE
+from asp_dist.tracking.wandb import layer_charts, transaction_log
 from asp_dist.tracking.wandb.login import Mode, resolve
 
 STEP = "global_step"
@@ -147,9 +146,7 @@ def start(config: Config, run_dir: Path) -> WandbRun | None:
             run = _init(config, run_dir, "online", left)
         except Exception as error:  # no answer, or wandb's own process died of the answer
             wandb.teardown()  # else the id counts as in use
-            mode = Mode(
-                "offline", f"the wandb server {base_url} did not take the run: {str(error) or type(error).__name__}"
-            )
+            mode = Mode("offline", f"the wandb server {base_url} did not take the run: {str(error) or type(error).__name__}")
     if mode.name == "offline":
         run = _init(config, run_dir, "offline", 30.0)
     known = transaction_log.last_steps(run_dir, run.id)

@@ -7,9 +7,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from asp_dist.tracking.schema import BYTES, DATA_TIME, FORWARD_BACKWARD_TIME, GRAD_NORM, IMAGES_PER_SECOND, LAYERS_HEAT_MAP, LR, MACS_DENSITY, MEASURED_SPARSITY, PREDICTED_SPARSITY, SPARSITY_LOSS, STEP_TIME, TARGET_SPARSITY, THRESHOLD_LR, TRAIN_LOSS, VAL_EMA_TOP1, VAL_LOSS, VAL_TOP1
 from asp_dist.errors import UserError
 from asp_dist.tracking.layer_rows import write_json
+from asp_dist.tracking.schema import (
+    BYTES,
+    DATA_TIME,
+    FORWARD_BACKWARD_TIME,
+    GRAD_NORM,
+    IMAGES_PER_SECOND,
+    LAYERS_HEAT_MAP,
+    LR,
+    MACS_DENSITY,
+    MEASURED_SPARSITY,
+    PREDICTED_SPARSITY,
+    SPARSITY_LOSS,
+    STEP_TIME,
+    TARGET_SPARSITY,
+    THRESHOLD_LR,
+    TRAIN_LOSS,
+    VAL_EMA_TOP1,
+    VAL_LOSS,
+    VAL_TOP1,
+)
 
 NAME = "Sparsity at a glance"
 

@@ -1,0 +1,1 @@
+"""A run's folder after the run: its model, evaluated again."""

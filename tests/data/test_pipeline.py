@@ -1,0 +1,162 @@
+"""The DALI graphs: the GPU form without a GPU, the augmentations' effect, and agreement with torchvision."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from asp_dist.config import AugmentConfig
+from asp_dist.data.dali.pipeline import train_pipeline, val_pipeline
+from asp_dist.data.dali.readers import Reader, on_network
+from asp_dist.data.dali.resize import TorchResize
+from asp_dist.data.images import ImageSpec
+
+EVERYTHING = AugmentConfig(hflip=0.5, vflip=0.5, color_jitter=0.4, erase=0.25)
+POLICIES = ("none", "randaugment", "trivialaugment", "autoaugment")
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory: pytest.TempPathFactory) -> Reader:
+    """Sixteen photograph-like JPEGs of odd sizes: smooth colors, so that resampling is not dominated by noise."""
+    return write_images(tmp_path_factory.mktemp("images"), [(150 + 7 * i, 190 - 3 * i) for i in range(16)])
+
+
+@pytest.fixture(scope="module")
+def square(tmp_path_factory: pytest.TempPathFactory) -> Reader:
+    """The same, square, so that a crop of the whole area with aspect ratio 1 leaves no choice."""
+    return write_images(tmp_path_factory.mktemp("square"), [(96, 96)] * 16)
+
+
+def write_images(folder: Path, sizes: list[tuple[int, int]]) -> Reader:
+    generator = np.random.default_rng(0)
+    for i, size in enumerate(sizes):
+        small = Image.fromarray(generator.integers(0, 255, (9, 11, 3), dtype=np.uint8))
+        small.resize(size, Image.Resampling.BICUBIC).save(folder / f"{i}.jpg", quality=95)
+    lines = "".join(f"{i}.jpg {i}\n" for i in range(16))
+    (folder / "files").write_text(lines)
+    return Reader({"file_list": str(folder / "files"), "file_root": str(folder)}, tar=False)
+
+
+def run(pipeline: Any) -> torch.Tensor:
+    pipeline.build()
+    images, _ = pipeline.run()
+    return torch.from_numpy(np.array(images.as_tensor()))
+
+
+def train_batch(reader: Reader, augment: AugmentConfig, seed: int = 1, **spec: Any) -> torch.Tensor:
+    wanted = ImageSpec(**{"size": (64, 64), **spec})
+    return run(train_pipeline(reader, wanted, augment, "cpu", batch_size=16, num_threads=1, device_id=None, seed=seed))
+
+
+@pytest.mark.parametrize(("policy", "interpolation"), list(zip(POLICIES, ["nearest", "bilinear", "bicubic", "lanczos"])))
+def test_gpu_graphs_serialize_without_a_gpu(reader: Reader, policy: Any, interpolation: str) -> None:
+    spec = ImageSpec(interpolation=interpolation)
+    augment = dataclasses.replace(EVERYTHING, policy=policy)
+    arguments = {"batch_size": 8, "num_threads": 2, "device_id": None}
+    train = train_pipeline(reader, spec, augment, "gpu", enable_checkpointing=True, **arguments).serialize()
+    for operator in (b"decoders__ImageRandomCrop", b"CropMirrorNormalize", b"ColorTwist", b"Erase", b"Flip"):
+        assert operator in train
+    assert b"PythonFunction" not in train  # which only the CPU's has
+    assert train.count(b"mixed") >= 1 and train.count(b"gpu") > 5
+    for mode in ("center", "squash"):
+        val = val_pipeline(reader, dataclasses.replace(spec, crop_mode=mode), "gpu", **arguments).serialize()
+        assert b"decoders__Image" in val and b"mixed" in val and b"gpu" in val
+
+
+@pytest.mark.parametrize("tar", [False, True])
+def test_gpu_graphs_serialize_for_shards(tar: bool, reader: Reader) -> None:
+    shards = Reader({"paths": ["a.tar"], "index_paths": ["a.idx"]}, tar=True) if tar else reader
+    arguments = {"batch_size": 8, "num_threads": 2, "device_id": None}
+    assert b"mixed" in train_pipeline(shards, ImageSpec(), EVERYTHING, "gpu", **arguments).serialize()
+    assert b"mixed" in val_pipeline(shards, ImageSpec(), "gpu", **arguments).serialize()
+
+
+@pytest.mark.parametrize("crop_pct", [0.875, 0.95, 1.0])
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("crop_mode", ["center", "squash"])
+def test_validation_agrees_with_torchvision(reader: Reader, crop_pct: float, interpolation: str, crop_mode: str) -> None:
+    from torchvision import transforms
+    from torchvision.transforms import InterpolationMode
+
+    spec = ImageSpec((64, 64), crop_pct, crop_mode, interpolation)
+    mine = run(val_pipeline(reader, spec, "cpu", batch_size=16, num_threads=1, device_id=None))
+    resize: Any = spec.resize if crop_mode == "squash" else spec.resize[0]
+    theirs = transforms.Compose(
+        [
+            transforms.Resize(resize, InterpolationMode(interpolation), antialias=True),
+            transforms.CenterCrop(64),
+            transforms.ToTensor(),
+            transforms.Normalize(spec.mean, spec.std),
+        ]
+    )
+    root = Path(reader.arguments["file_root"])
+    for i in range(16):
+        with Image.open(io.BytesIO((root / f"{i}.jpg").read_bytes())) as image:
+            difference = (mine[i] - theirs(image.convert("RGB"))).abs().mean().item()
+        assert difference <= 0.01 / 0.225, f"image {i}: {difference * 0.225:.4f} of the range"
+
+
+def test_each_augmentation_changes_what_it_should(square: Reader) -> None:
+    still = AugmentConfig(scale=(1.0, 1.0), ratio=(1.0, 1.0), hflip=0.0)
+    plain = train_batch(square, still)
+    assert torch.equal(plain, train_batch(square, still, seed=2))  # nothing left to draw
+    flipped = train_batch(square, dataclasses.replace(still, hflip=1.0))
+    assert torch.allclose(flipped, plain.flip(-1))
+    assert torch.allclose(train_batch(square, dataclasses.replace(still, vflip=1.0)), plain.flip(-2), atol=0.02)
+    jitter = train_batch(square, dataclasses.replace(still, color_jitter=0.4))
+    assert (jitter - plain).abs().mean() > 0.05
+    for policy in POLICIES[1:]:
+        changed = train_batch(square, dataclasses.replace(still, policy=policy))  # type: ignore[arg-type]
+        assert changed.shape == plain.shape and (changed - plain).abs().mean() > 0.05
+    cropped = train_batch(square, dataclasses.replace(still, scale=(0.1, 0.3)))
+    assert (cropped - plain).abs().mean() > 0.05
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("side", [40, 150])  # smaller and larger than the images
+def test_training_crops_are_resized_as_by_pil(square: Reader, interpolation: str, side: int) -> None:
+    whole = AugmentConfig(scale=(1.0, 1.0), ratio=(1.0, 1.0), hflip=0.0)
+    spec = ImageSpec((side, side), interpolation=interpolation)
+    mine = train_batch(square, whole, size=spec.size, interpolation=interpolation)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (spec.mean, spec.std))
+    for i, images in enumerate(mine):
+        with Image.open(Path(square.arguments["file_root"]) / f"{i}.jpg") as image:
+            theirs = np.array(image.resize(spec.size, Image.Resampling[interpolation.upper()]))
+        levels = (images * std + mean) * 255 - torch.from_numpy(theirs).permute(2, 0, 1)
+        assert levels.abs().max() < 2.01 and levels.abs().mean() < 0.1
+
+
+def test_images_resized_by_threads_stay_in_their_places() -> None:
+    images = [np.full((8 + i, 12, 3), i, dtype=np.uint8) for i in range(11)]
+    for threads in (1, 3, 16):
+        resized = TorchResize((5, 6), "bicubic", threads)(images)
+        assert [(image.shape, image.min(), image.max()) for image in resized] == [((5, 6, 3), i, i) for i in range(11)]
+
+
+def test_erasing_puts_the_mean_on_a_rectangle_with_its_probability(square: Reader) -> None:
+    still = AugmentConfig(scale=(1.0, 1.0), ratio=(1.0, 1.0), hflip=0.0)
+    plain = train_batch(square, still)
+    always = train_batch(square, dataclasses.replace(still, erase=1.0))
+    for i in range(16):
+        rows, columns = torch.nonzero((always[i] != plain[i]).any(0), as_tuple=True)
+        height, width = (int(x.max() - x.min()) + 1 for x in (rows, columns))
+        assert 0.01 < height * width / 64**2 < 0.36  # 2 % to a third of the area
+        inside = always[i][:, rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+        assert inside.abs().max() < 0.02  # the mean color, normalized, but for rounding to uint8
+    changed = [
+        bool((train_batch(square, dataclasses.replace(still, erase=0.25), seed)[i] != plain[i]).any())
+        for seed in range(8)
+        for i in range(16)
+    ]
+    assert 0.15 < sum(changed) / len(changed) < 0.35
+
+
+def test_network_file_systems_are_known_by_the_mount_table(tmp_path: Path) -> None:
+    assert not on_network(tmp_path)
