@@ -167,13 +167,13 @@ class Mirror:
         Args:
             names: the files of the record, the longest-lived last; `METRICS_FILE` among them says how far it goes.
         """
-        there = [name for name in names if self.system.get_file_info(f"{self.path}/{name}").is_file]
+        stored = [name for name in names if self.system.get_file_info(f"{self.path}/{name}").is_file]
         ours = self.folder / METRICS_FILE
-        behind = METRICS_FILE in there and last_step(self._read(METRICS_FILE)) > last_step(
+        behind = METRICS_FILE in stored and last_step(self._read(METRICS_FILE)) > last_step(
             ours.read_bytes() if ours.exists() else b""
         )
         fetched = []
-        for name in there:
+        for name in stored:
             path = self.folder / name
             if path.exists() and not behind:
                 continue

@@ -87,25 +87,25 @@ class LocalStore:
             return []
 
     def begin(self, name: str) -> None:
-        aside = self._aside(name)
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
+        temporary = self._temporary(name)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
 
     def write(self, name: str, file: str) -> IO[bytes]:
-        return open(self._aside(name) / file, "wb")
+        return open(self._temporary(name) / file, "wb")
 
     def commit(self, name: str) -> None:
-        sync_directory(self._aside(name))
-        replaced = self._aside(f"replaced-{name}")
+        sync_directory(self._temporary(name))
+        replaced = self._temporary(f"replaced-{name}")
         if (self.root / name).exists():
             shutil.rmtree(replaced, ignore_errors=True)
             os.rename(self.root / name, replaced)
-        os.rename(self._aside(name), self.root / name)
+        os.rename(self._temporary(name), self.root / name)
         sync_directory(self.root)
         shutil.rmtree(replaced, ignore_errors=True)
 
     def abort(self, name: str) -> None:
-        shutil.rmtree(self._aside(name), ignore_errors=True)
+        shutil.rmtree(self._temporary(name), ignore_errors=True)
 
     def read(self, name: str, file: str) -> bytes:
         return retry((self.root / name / file).read_bytes, self.waits, self.where(name))
@@ -126,5 +126,5 @@ class LocalStore:
         for leftover in self.root.glob(".writing-*"):
             shutil.rmtree(leftover, ignore_errors=True)
 
-    def _aside(self, name: str) -> Path:
+    def _temporary(self, name: str) -> Path:
         return self.root / f".writing-{name}"

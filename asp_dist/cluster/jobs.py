@@ -199,15 +199,15 @@ def exit_code(client: JobSubmissionClient, job: str, out: TextIO) -> int:
 def on_cluster(config: Config, root: str | os.PathLike[str]) -> Config:
     """`config` as the job needs it: paths from the folder `root` there, and the cluster that the job runs on."""
 
-    def there(path: str) -> str:
+    def on_nodes(path: str) -> str:
         return path if "://" in path else os.path.normpath(Path(root) / path)
 
     weights = config.model.weights
     return dataclasses.replace(
         config,
-        model=dataclasses.replace(config.model, weights=weights and there(weights)),
-        data=dataclasses.replace(config.data, root=there(config.data.root)),
-        output=dataclasses.replace(config.output, dir=there(config.output.dir)),
+        model=dataclasses.replace(config.model, weights=weights and on_nodes(weights)),
+        data=dataclasses.replace(config.data, root=on_nodes(config.data.root)),
+        output=dataclasses.replace(config.output, dir=on_nodes(config.output.dir)),
         cluster=dataclasses.replace(config.cluster, address=None),
     )
 

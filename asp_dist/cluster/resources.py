@@ -48,21 +48,21 @@ def plan_resources(config: Config, nodes: list[dict[str, Any]], *, local: bool) 
     Raises:
         UserError: the cluster cannot hold the workers; the message says what is there and what was asked.
     """
-    there = [node["Resources"] for node in nodes if node["Alive"]]
-    cpus_there = sum(node.get("CPU", 0) for node in there)
-    gpus_there = sum(node.get("GPU", 0) for node in there)
+    alive = [node["Resources"] for node in nodes if node["Alive"]]
+    total_cpus = sum(node.get("CPU", 0) for node in alive)
+    total_gpus = sum(node.get("GPU", 0) for node in alive)
     cluster = config.cluster
     gpus = cluster.gpus_per_worker
     if gpus is None:
-        gpus = 1 if gpus_there and config.training.device != "cpu" else 0
+        gpus = 1 if total_gpus and config.training.device != "cpu" else 0
     check(
         gpus > 0 or config.training.device != "cuda",
-        f"training.device = cuda, but the cluster has {gpus_there:g} GPUs and cluster.gpus_per_worker = "
+        f"training.device = cuda, but the cluster has {total_gpus:g} GPUs and cluster.gpus_per_worker = "
         f"{cluster.gpus_per_worker}: use training.device=cpu or a cluster with GPUs",
     )
     cpus = cluster.cpus_per_worker
     if cpus is None:
-        cpus = max(1, cpus_there // cluster.num_workers) if local else 1
+        cpus = max(1, total_cpus // cluster.num_workers) if local else 1
     sizes = group_sizes(config)
     check(
         bool(sizes),
@@ -70,13 +70,13 @@ def plan_resources(config: Config, nodes: list[dict[str, Any]], *, local: bool) 
         f"{cluster.min_workers} to cluster.num_workers = {cluster.num_workers}: use a multiple of one of them",
     )
     needed = Resources(tuple(sizes), float(cpus), gpus)
-    room = sum(_room(node, needed) for node in there)
+    room = sum(_room(node, needed) for node in alive)
     if room >= sizes[0]:
         return needed
     asked = f"{sizes[0]} x {needed.cpus:g} CPU" + (f" and {gpus} GPU" if gpus else "")
     raise UserError(
-        f"cluster.num_workers = {cluster.num_workers} asks for {asked}, but the cluster has {cpus_there:g} CPU and "
-        f"{gpus_there:g} GPU on {len(there)} node(s), room for {room} such worker(s): "
+        f"cluster.num_workers = {cluster.num_workers} asks for {asked}, but the cluster has {total_cpus:g} CPU and "
+        f"{total_gpus:g} GPU on {len(alive)} node(s), room for {room} such worker(s): "
         "lower cluster.num_workers, cluster.cpus_per_worker or cluster.gpus_per_worker, or add nodes"
     )
 
@@ -101,14 +101,14 @@ def check_storage(config: Config, files: LaunchFiles, nodes: list[dict[str, Any]
     """
     usable = [node for node in nodes if node["Alive"] and _room(node["Resources"], needed)]
     data = None if config.data.backend == "synthetic" else config.data.root
-    here = ray.get_runtime_context().get_node_id()
+    this_node = ray.get_runtime_context().get_node_id()
     look = ray.remote(num_cpus=0, max_retries=0)(_missing_folders)
     pending = {
         node["NodeManagerAddress"]: look.options(
             scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         ).remote(data, files)
         for node in usable
-        if node["NodeID"] != here
+        if node["NodeID"] != this_node
     }
     for address, answer in pending.items():
         missing = ray.get(answer, timeout=120)

@@ -97,12 +97,12 @@ def check_identity(config: Config, mirror: Mirror) -> None:
     if theirs is None or not ours.is_file():
         return
     try:
-        there, here = (json.loads(text)["id"] for text in (theirs, ours.read_text()))
+        stored, own = (json.loads(text)["id"] for text in (theirs, ours.read_text()))
     except (ValueError, KeyError, TypeError):
         return  # found to be unreadable when the folder is claimed
-    if there != here:
+    if stored != own:
         raise UserError(
-            f"{config.output.storage} has another run called {config.name!r} ({there}) than {run_dir(config)} ({here}): give "
+            f"{config.output.storage} has another run called {config.name!r} ({stored}) than {run_dir(config)} ({own}): give "
             "this run another name (--name), or remove the folder to resume the run in the store"
         )
 
@@ -230,19 +230,19 @@ def refuse_to_start_over(run: Run, stores: Sequence[Store]) -> None:
 
 def changes(run: Run, manifest: Manifest) -> list[str]:
     """What is different from when the checkpoint was written, in words."""
-    said = []
+    texts = []
     before, now = manifest.world_size, run.world.world_size
     if before != now:
-        said.append(
+        texts.append(
             f"{now} workers instead of {before}: the global batch and its order stay, {run.config.data.batch_size // now} "
             "images per worker and step, new random draws, so no longer bit for bit"
         )
     for name, (old, new) in differences(manifest.config, to_dict(run.config)).items():
-        said.append(f"{name} {old!r} -> {new!r}")
+        texts.append(f"{name} {old!r} -> {new!r}")
     for name, version in versions().items():
         if manifest.versions.get(name) != version:
-            said.append(f"{name} {manifest.versions.get(name)} -> {version}")
-    return said
+            texts.append(f"{name} {manifest.versions.get(name)} -> {version}")
+    return texts
 
 
 def log_events(run: Run, events: list[Event]) -> None:

@@ -189,15 +189,58 @@ BAD_INPUT = {
 }
 
 
+# Runs each command line of the JSON on its input, and prints (exit code, output, error output) of each.
+ONE_PROCESS = """
+import contextlib, io, json, sys
+from asp_dist.cli import main
+
+results = {}
+for case, words in json.load(sys.stdin).items():
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        code = main(words)
+    results[case] = code, out.getvalue(), err.getvalue()
+print(json.dumps(results))
+"""
+
+
+@pytest.fixture(scope="module")
+def refused(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> dict[str, tuple[int, str, str]]:
+    """What each mistake is answered with; one process for all, which must start nothing that stays."""
+    folder = tmp_path_factory.mktemp("refused")
+    cases = {case: train(folder / "runs", digits, *words) for case, (words, _) in BAD_INPUT.items()}
+    for kind in BAD_FOLDERS:
+        cases[kind] = train(folder / "runs", bad_folder(folder / kind, kind))
+    done = subprocess.run(
+        [sys.executable, "-c", ONE_PROCESS],
+        input=json.dumps(cases),
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        timeout=HANG_S,
+    )
+    assert done.returncode == 0, done.stderr
+    assert left_over() == [] and not (folder / "runs").exists()
+    results: dict[str, tuple[int, str, str]] = json.loads(done.stdout)
+    return results
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", BAD_INPUT)
-def test_bad_input_ends_at_once_with_one_message(tmp_path: Path, digits: Path, case: str) -> None:
-    words, expected = BAD_INPUT[case]
-    code, out, err = finish(asp_dist(*train(tmp_path, digits, *words)))
+def test_bad_input_ends_at_once_with_one_message(refused: dict[str, tuple[int, str, str]], case: str) -> None:
+    code, out, err = refused[case]
     assert code in (1, 2) and out == ""
     assert err.startswith("error: ") and len(err.strip().splitlines()) == 1, err
-    assert all(word in err for word in expected), err
-    assert left_over() == []
+    assert all(word in err for word in BAD_INPUT[case][1]), err
+
+
+@pytest.mark.slow
+def test_a_mistake_ends_a_process_with_its_code(tmp_path: Path, digits: Path) -> None:
+    code, out, err = finish(asp_dist(*train(tmp_path, digits, "--budget.sparsity", "1.2")))
+    assert (code, out) == (2, "") and err.startswith("error: budget.sparsity = 1.2")
+
+
+BAD_FOLDERS = {"empty": ("train",), "one class": ("one class", "zero")}
 
 
 def bad_folder(folder: Path, kind: str) -> Path:
@@ -211,12 +254,11 @@ def bad_folder(folder: Path, kind: str) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "words"), [("empty", ("train",)), ("one class", ("one class", "zero"))])
-def test_unfit_data_folders_are_refused(tmp_path: Path, kind: str, words: tuple[str, ...]) -> None:
-    folder = bad_folder(tmp_path / "data", kind)
-    code, _, err = finish(asp_dist(*train(tmp_path, folder)))
+@pytest.mark.parametrize("kind", BAD_FOLDERS)
+def test_unfit_data_folders_are_refused(refused: dict[str, tuple[int, str, str]], kind: str) -> None:
+    code, _, err = refused[kind]
     assert code == 2 and len(err.strip().splitlines()) == 1
-    assert str(folder) in err and all(word in err for word in words), err
+    assert f"/{kind}" in err and all(word in err for word in BAD_FOLDERS[kind]), err
 
 
 @pytest.mark.slow

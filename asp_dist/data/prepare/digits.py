@@ -36,25 +36,25 @@ def prepare_digits(target: str | Path) -> Path:
 
     digits = load_digits()
     target.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         for digit in range(10):
             members = np.flatnonzero(digits.target == digit)
             shuffled = np.random.RandomState(digit).permutation(members)
             num_val = round(len(members) / 5)
-            _write(digits.images, shuffled[:num_val], aside / "val" / str(digit))
-            _write(digits.images, shuffled[num_val:], aside / "train" / str(digit))
-        write_classes(aside, tuple(map(str, range(10))), NAMES)
-        aside.chmod(0o755)
+            _write(digits.images, shuffled[:num_val], temporary / "val" / str(digit))
+            _write(digits.images, shuffled[num_val:], temporary / "train" / str(digit))
+        write_classes(temporary, tuple(map(str, range(10))), NAMES)
+        temporary.chmod(0o755)
         if target.is_dir():
             target.rmdir()
         try:
-            os.rename(aside, target)
+            os.rename(temporary, target)
         except OSError:
             if not (target / "classes.tsv").is_file():  # else another process was faster with the same files
                 raise
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
     return target
 
 
