@@ -123,7 +123,7 @@ def stored(config: Config, address: str) -> Config:
 def test_unknown_addresses(url: str) -> None:
     with pytest.raises(UserError, match=r"output\.storage"):
         open_storage(url)
-    with pytest.raises(UserError, match="no address"):
+    with pytest.raises(UserError, match="not a URL"):
         OutputConfig(storage="bucket/x")
 
 

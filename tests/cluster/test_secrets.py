@@ -149,5 +149,5 @@ def test_a_worker_sets_what_it_is_given_with_a_mocked_context(monkeypatch: pytes
 
 
 def test_a_name_without_a_scheme_is_no_address() -> None:
-    with pytest.raises(UserError, match="no address"):
+    with pytest.raises(UserError, match="not a URL"):
         OutputConfig(storage="bucket/x")

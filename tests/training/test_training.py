@@ -422,7 +422,7 @@ def test_preflight_finds_what_fits(tmp_path: Path) -> None:
         ({"model__name": "resnet81"}, r"'resnet81'.*resnet18"),
         ({"data__batch_size": 65}, r"65 is more than the 64 training images"),
         ({"training__accumulate": 3}, r"does not divide among 1 workers × training\.accumulate = 3"),
-        ({"optimizer__name": "adamv"}, r"adam, "),
+        ({"optimizer__name": "adamv"}, r"did you mean adam or "),
         ({"pruning__select__min_weights": 10**9}, r"no layer .* can be pruned"),
         ({"data__backend": "dali", "data__root": "/nonexistent/data"}, r"/nonexistent/data"),
         ({"schedule__name": "plateau"}, r"plateau"),
