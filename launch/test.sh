@@ -23,7 +23,7 @@ check() {
 check ruff check
 check ruff format --check
 check mypy
-# Two files at a time, one thread each: most of the slow tests wait for processes to start and to end.
+# Three files at a time, one thread each: the slow tests mostly wait for processes to start and to end.
 export OMP_NUM_THREADS=1
-check pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder "$@"
+check pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder "$@"
 exit "$status"
