@@ -23,7 +23,7 @@ check() {
 check ruff check
 check ruff format --check
 check mypy
-# Three files at a time, one thread each: the slow tests mostly wait for processes to start and to end.
+# Two files at a time, one thread each: a third one gains nothing on two cores.
 export OMP_NUM_THREADS=1
-check pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder "$@"
+check pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder "$@"
 exit "$status"
