@@ -30,7 +30,7 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
     try:
         yield temporary
         if durable:
-            _sync(temporary)
+            sync(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -42,9 +42,9 @@ def write_bytes(path: Path, data: bytes, *, durable: bool = True) -> None:
         temporary.write_bytes(data)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, *, durable: bool = True) -> None:
     """Write a UTF-8 file as `replacing` does."""
-    write_bytes(path, text.encode())
+    write_bytes(path, text.encode(), durable=durable)
 
 
 def close_durably(stream: IO[bytes]) -> None:
@@ -60,9 +60,13 @@ def close_durably(stream: IO[bytes]) -> None:
         stream.close()
 
 
-def sync_directory(path: Path) -> None:
-    """Make the names in a folder durable."""
-    _sync(path)
+def sync(path: Path) -> None:
+    """Flush a file to the disk, or the names in a folder."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
 def retry(work: Callable[[], T], waits: tuple[float, ...], what: str) -> T:
@@ -79,11 +83,3 @@ def retry(work: Callable[[], T], waits: tuple[float, ...], what: str) -> T:
             log.warning("%s failed, trying again in %.1f s: %s", what, wait, error)
             time.sleep(wait)
     return work()
-
-
-def _sync(path: Path) -> None:
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Protocol
 
-from asp_dist.files import WAITS_S, retry, sync_directory
+from asp_dist.files import WAITS_S, retry, sync
 
 NAME = re.compile(r"step-\d{8,}")
 MANIFEST = "manifest.json"
@@ -95,13 +95,13 @@ class LocalStore:
         return open(self._temporary(name) / file, "wb")
 
     def commit(self, name: str) -> None:
-        sync_directory(self._temporary(name))
+        sync(self._temporary(name))
         replaced = self._temporary(f"replaced-{name}")
         if (self.root / name).exists():
             shutil.rmtree(replaced, ignore_errors=True)
             os.rename(self.root / name, replaced)
         os.rename(self._temporary(name), self.root / name)
-        sync_directory(self.root)
+        sync(self.root)
         shutil.rmtree(replaced, ignore_errors=True)
 
     def abort(self, name: str) -> None:

@@ -78,7 +78,7 @@ class LaunchFiles:
 
     def request_stop(self, reason: str) -> None:
         """Ask all workers to finish their step, save a checkpoint and end."""
-        write_text(self.folder / "stop", reason)
+        write_text(self.folder / "stop", reason, durable=False)
 
     def stop_reason(self) -> str | None:
         """What `request_stop` was given, or None."""
@@ -90,7 +90,7 @@ class LaunchFiles:
     def write_fatal(self, record: dict[str, Any]) -> None:
         """Record an error that ends the run; the first one stays."""
         if self.fatal() is None:
-            write_text(self.folder / "fatal", json.dumps(record))
+            write_text(self.folder / "fatal", json.dumps(record), durable=False)
 
     def fatal(self) -> dict[str, Any] | None:
         """The recorded error that ends the run, or None."""

@@ -10,8 +10,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from timm.data import resolve_model_data_config
 
+from asp_dist.checkpoint.record import load_config
 from asp_dist.errors import UserError
 from asp_dist.export.onnx_file import export_onnx
+from asp_dist.runs.evaluate_run import load_model, model_file, prunable_weights
+from asp_dist.tracking.schema import SUMMARY_FILE
 from asp_dist.weight_files import save_sparse
 
 Format = Literal["sparse", "onnx"]
@@ -26,13 +29,7 @@ def export_run(run_dir: Path, form: Format, output: Path | None = None) -> Path:
     Raises:
         UserError: the run has no finished model, or nothing says how many classes it has.
     """
-    from asp_dist.checkpoint.record import load_config
-    from asp_dist.runs.evaluate_run import load_model, prunable_weights
-    from asp_dist.tracking.schema import MODEL_FILE
-
-    file = run_dir / MODEL_FILE
-    if not file.is_file():
-        raise UserError(f"{file} is missing: the run is not finished; start `asp-dist train` again to resume")
+    file = model_file(run_dir)
     target = output or run_dir / FILES[form]
     if form == "sparse":
         try:
@@ -55,8 +52,6 @@ def count_classes(run_dir: Path, file: Path) -> int:
     Raises:
         UserError: neither says.
     """
-    from asp_dist.tracking.schema import SUMMARY_FILE
-
     try:
         return int(json.loads((run_dir / SUMMARY_FILE).read_text())["num_classes"])
     except (OSError, ValueError, KeyError, TypeError):

@@ -36,9 +36,7 @@ def evaluate(run_dir: Path) -> dict[str, Any]:
         UserError: no finished run there, or its data are gone.
     """
     config = load_config(run_dir)
-    file = run_dir / MODEL_FILE
-    if not file.is_file():
-        raise UserError(f"{file} is missing: the run is not finished; start `asp-dist train` again to resume")
+    file = model_file(run_dir)
     world = World(device=init_world(config.training.device).device)
     model = load_model(config, file, len(inspect_data(config.data).classes))
     model_data = resolve_model_data_config(model)
@@ -59,6 +57,18 @@ def evaluate(run_dir: Path) -> dict[str, Any]:
         "nonzero_weights": nonzero,
         "prunable_weights": prunable,
     }
+
+
+def model_file(run_dir: Path) -> Path:
+    """The file of a finished run's model.
+
+    Raises:
+        UserError: the run is not finished.
+    """
+    file = run_dir / MODEL_FILE
+    if not file.is_file():
+        raise UserError(f"{file} is missing: the run is not finished; start `asp-dist train` again to resume")
+    return file
 
 
 def load_model(config: Config, file: Path, num_classes: int) -> torch.nn.Module:

@@ -125,4 +125,4 @@ def _rounded(value: Any) -> Any:
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as strict JSON, so that a reader never sees half of it."""
-    write_text(path, json.dumps(plain(value), indent=1) + "\n")
+    write_text(path, json.dumps(plain(value), indent=1) + "\n", durable=False)

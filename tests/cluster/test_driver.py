@@ -325,14 +325,17 @@ def test_four_workers_that_lose_a_node_go_on_with_two(tmp_path: Path, monkeypatc
     assert summary["sparsity"] == pytest.approx(0.9, abs=5e-4)
     messages = [row["message"] for row in rows if row.get("kind") == "event"]
     assert any("elastic group of 1, 2, 4 workers" in message for message in messages)
-    # A group of 1 comes between where Ray has not yet seen again what it offers.
-    assert any(re.search("2 workers instead of [14]:", message) for message in messages)
+    assert any("2 workers instead of 4" in message for message in messages)
 
 
-def test_too_many_workers_fail_before_anything_starts(tmp_path: Path) -> None:
+def test_too_many_workers_fail_before_anything_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    before = _descendants(os.getpid())  # what other tests of this process left
+    monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("Ray was started"))
     with pytest.raises(UserError, match="asks for 640 x 1 CPU"):
         run(small(tmp_path, address="local", num_workers=640), train=stand_in("fine"))
-    assert _descendants(os.getpid()) == {}
+    assert _descendants(os.getpid()).items() <= before.items()
     assert not (tmp_path / "run").exists()
 
 
@@ -348,6 +351,7 @@ def test_local_cluster_leaves_no_process_after_a_second_interrupt(tmp_path: Path
         if row.get("step") in (1, 50):  # 5 s apart: Python sees two signals at once as one
             os.kill(os.getpid(), signal.SIGINT)
 
+    before = _descendants(os.getpid())
     with pytest.raises(KeyboardInterrupt):
         run(small(tmp_path, address="local", cpus_per_worker=0.5), on_row, train=stand_in("deaf"))
-    assert _descendants(os.getpid()) == {}
+    assert _descendants(os.getpid()).items() <= before.items()

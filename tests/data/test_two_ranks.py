@@ -60,4 +60,4 @@ def test_two_ranks_end_with_the_name_of_the_file(tmp_path: Path, kind: str) -> N
     assert "asp_dist.data.bad_files.DataError: rank " in ended.stderr
     seconds = time.time() - min(float(t) for t in re.findall(r"training since (\S+)", ended.stdout))
     print(f"{kind}: ended {seconds:.1f} s after the training began")
-    assert seconds < 900  # and not by the timeout of a collective
+    assert seconds < 30

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import uuid
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, NamedTuple, get_type_hints
 
 import pytest
 import timm
@@ -203,8 +203,15 @@ print(json.dumps(results))
 """
 
 
+class Refused(NamedTuple):
+    """The folder of the data sets, and (exit code, output, error output) of each command line."""
+
+    folder: Path
+    answers: dict[str, tuple[int, str, str]]
+
+
 @pytest.fixture(scope="module")
-def refused(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> dict[str, tuple[int, str, str]]:
+def refused(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Refused:
     """What each mistake is answered with; one process for all, which must start nothing that stays."""
     folder = tmp_path_factory.mktemp("refused")
     cases = {case: train(folder / "runs", digits, *words) for case, (words, _) in BAD_INPUT.items()}
@@ -222,13 +229,13 @@ def refused(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> dict[str,
     assert done.returncode == 0, done.stderr
     assert left_over() == [] and not (folder / "runs").exists()
     results: dict[str, tuple[int, str, str]] = json.loads(done.stdout)
-    return results
+    return Refused(folder, results)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", BAD_INPUT)
-def test_bad_input_ends_at_once_with_one_message(refused: dict[str, tuple[int, str, str]], case: str) -> None:
-    code, out, err = refused[case]
+def test_bad_input_ends_at_once_with_one_message(refused: Refused, case: str) -> None:
+    code, out, err = refused.answers[case]
     assert code in (1, 2) and out == ""
     assert err.startswith("error: ") and len(err.strip().splitlines()) == 1, err
     assert all(word in err for word in BAD_INPUT[case][1]), err
@@ -255,10 +262,10 @@ def bad_folder(folder: Path, kind: str) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", BAD_FOLDERS)
-def test_unfit_data_folders_are_refused(refused: dict[str, tuple[int, str, str]], kind: str) -> None:
-    code, _, err = refused[kind]
+def test_unfit_data_folders_are_refused(refused: Refused, kind: str) -> None:
+    code, _, err = refused.answers[kind]
     assert code == 2 and len(err.strip().splitlines()) == 1
-    assert f"/{kind}" in err and all(word in err for word in BAD_FOLDERS[kind]), err
+    assert str(refused.folder / kind) in err and all(word in err for word in BAD_FOLDERS[kind]), err
 
 
 @pytest.mark.slow

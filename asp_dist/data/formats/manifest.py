@@ -88,7 +88,7 @@ def write_manifest(samples: Samples, path: Path, *, keep: IndexArray | None = No
     for name in names:
         check(b"\n" not in name, f"data: the file name {os.fsdecode(name)!r} holds a line break: rename it")
     lines = [b"%b%b\t%d\n" % (prefix, name, label) for name, label in zip(names, samples.labels[indices].tolist())]
-    write_bytes(path, b"".join(lines))
+    write_bytes(path, b"".join(lines), durable=False)
 
 
 def read_classes(root: Path) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
@@ -102,4 +102,4 @@ def read_classes(root: Path) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
 
 def write_classes(root: Path, classes: tuple[str, ...], names: tuple[str, ...]) -> None:
     """Write ``classes.tsv``; it is the last file of a data set, and marks it as complete."""
-    write_text(root / "classes.tsv", "".join(f"{c}\t{n}\n" for c, n in zip(classes, names, strict=True)))
+    write_text(root / "classes.tsv", "".join(f"{c}\t{n}\n" for c, n in zip(classes, names, strict=True)), durable=False)

@@ -163,7 +163,7 @@ def write_shards(
 
 def _write_shard(samples: Samples, part: IndexArray, path: Path) -> None:
     members = []
-    with replacing(path) as temporary:
+    with replacing(path, durable=False) as temporary:
         with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
             for index in part.tolist():
                 extension = os.path.splitext(samples.names[index])[1].lower()
