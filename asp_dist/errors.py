@@ -11,7 +11,7 @@ class UserError(ValueError):
     """A mistake of the user's, or of the machine's set-up: the message names the value, the place and the remedy."""
 
 
-# What the file system says where another attempt would be answered alike.
+# Errors of the file system that a retry would meet again.
 _LASTING = (
     errno.ENOSPC,
     errno.EDQUOT,
@@ -27,7 +27,7 @@ _LASTING = (
 
 
 def may_pass(error: OSError) -> bool:
-    """Whether the fault may be gone at another attempt (a storage that does not answer), and is not the user's to mend."""
+    """Whether a retry may succeed (storage that does not answer), as opposed to a fault that the user must fix."""
     return error.errno not in _LASTING
 
 
@@ -42,18 +42,18 @@ _SECRET = re.compile(r"secret|token|passw|credential|private|signature|access_?k
 
 
 def check_address(name: str, address: str | None) -> None:
-    """Raise `UserError`, without showing them, if an address holds credentials: it is written to files, logs and wandb."""
+    """Raise `UserError`, without showing them, if an address contains credentials: addresses are written to files and wandb."""
     if address is None or "://" not in address:
         return
     parts = urlsplit(address)
     user, at, _ = parts.netloc.rpartition("@")
-    # A container of Azure, a name without a password and Google's word for no login are no secrets.
+    # A container of Azure, a name without a password and Google's word for no login are not secrets.
     known = user == "anonymous" or (":" not in user and parts.scheme not in ("s3", "gs", "gcs", "http", "https"))
     options = [option for option, _ in parse_qsl(parts.query, keep_blank_values=True) if _SECRET.search(option)]
     if (at and not known) or options:
         what = f"the option {options[0]}" if options else "a user's name or password"
         raise UserError(
-            f"{name}: the {parts.scheme}:// address holds {what}, which would reach the run's files and wandb: leave it out "
+            f"{name}: the {parts.scheme}:// address contains {what}, which would reach the run's files and wandb: leave it out "
             "and set the environment instead (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE; "
             "GOOGLE_APPLICATION_CREDENTIALS; AZURE_STORAGE_KEY)"
         )

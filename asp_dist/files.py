@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
-    """A temporary path beside `path`, which takes its place at the end: a reader sees the old file or the whole new one.
+    """A temporary path next to `path`, renamed to it at the end: a reader sees the old file or the whole new one.
 
     After an error the temporary file is removed and `path` is as it was.
 
@@ -72,7 +72,7 @@ def sync(path: Path) -> None:
 def retry(work: Callable[[], T], waits: tuple[float, ...], what: str) -> T:
     """The result of `work`, called again after each of `waits` (seconds) while it raises OSError; `what` is for the log.
 
-    A file that does not exist is no passing fault.
+    A missing file is not a passing fault.
     """
     for wait in waits:
         try:

@@ -168,7 +168,7 @@ def _filtered(filter_fn: Callable[..., dict[str, Tensor]], weights: dict[str, Te
 
 
 def _drop_classifiers(fitting: dict[str, Tensor], pretrained_cfg: dict[str, Any], num_classes: int) -> dict[str, int]:
-    """Take classifiers for another number of classes out of `fitting`; returns their tensors' names and that number."""
+    """Remove classifiers for another number of classes from `fitting`; returns their tensors' names and that number."""
     dropped: dict[str, int] = {}
     for classifier in _as_tuple(pretrained_cfg.get("classifier")):
         names = [key for key in (f"{classifier}.weight", f"{classifier}.bias") if key in fitting]

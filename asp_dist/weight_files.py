@@ -109,7 +109,7 @@ def load_sparse(path: Path) -> dict[str, Tensor]:
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
         if "sparse_shapes" not in metadata:
-            raise ValueError(f"{path} is no sparse file of asp_dist: its metadata lack 'sparse_shapes'")
+            raise ValueError(f"{path} is not a sparse file of asp_dist: its metadata lack 'sparse_shapes'")
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     for name, shape in json.loads(metadata["sparse_shapes"]).items():
         values = tensors.pop(f"{name}.values")

@@ -51,7 +51,7 @@ start() {
     export RAY_JOB_STOP_WAIT_TIME_S=${RAY_JOB_STOP_WAIT_TIME_S:-60}
     # Port 0: any free one. All nodes are on this machine, where Ray's fixed default would leave all but one without an agent.
     local common=(--object-store-memory 134217728 --disable-usage-stats --dashboard-agent-listen-port 0)
-    # The head holds no workers; jobs' drivers and the dashboard run there.
+    # The head runs no workers; jobs' drivers and the dashboard run there.
     ray start --head --port "$HEAD_PORT" --dashboard-host 127.0.0.1 --dashboard-port "$DASHBOARD_PORT" \
         --temp-dir "$STATE/ray" --num-cpus 0 --num-gpus 0 "${common[@]}" >"$STATE/head.log" 2>&1 ||
         { cat "$STATE/head.log" >&2; stop; return 1; }

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A training run under SLURM: a Ray head on the first node, a worker on every node, the run on top, all of it gone behind it.
+# A training run under SLURM: a Ray head on the first node, a worker on every node, the run on top, all of it removed afterwards.
 #     sbatch launch/slurm.sh configs/quickstart.yaml [asp-dist train options]
 #
 # Submit it from the repository's root, on storage that all nodes mount, after ./launch/env.sh has made .venv there.

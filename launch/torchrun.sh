@@ -4,7 +4,7 @@
 #     NODES=2 NODE_RANK=0 HEAD=10.0.0.1 ./launch/torchrun.sh configs/quickstart.yaml     (on 10.0.0.1)
 #     NODES=2 NODE_RANK=1 HEAD=10.0.0.1 ./launch/torchrun.sh configs/quickstart.yaml     (on the other)
 #
-# All machines need the data and the output folder under the same path. A run that was interrupted goes on by the same
+# All machines need the data and the output folder under the same path. An interrupted run resumes with the same
 # command. To change: WORKERS, processes per machine (default: its GPUs, else 2); RESTARTS (3) after a failure; PORT (29400).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -50,7 +50,7 @@ def _config(model: str, batch_size: int, input_size: int, steps: int, device: An
 
 def _save(every: int) -> Extra:
     def extra(run: Run) -> None:
-        if run.step % every == 1:  # early in its stretch, so that it is written behind the steps, as in a run
+        if run.step % every == 1:  # early in its stretch, so that it is written while steps run, as in training
             checkpointing.save(run)
 
     return extra
@@ -114,7 +114,7 @@ def bench_extra(
         ``saving`` also the checkpoint's ``bytes``.
 
     Raises:
-        UserError: a stretch of that many steps would not hold what is to be measured.
+        UserError: a stretch of that many steps would not contain what is measured.
     """
     every = 2 if what == "saving" else TrainingConfig().log_every
     check(steps % every == 0, f"--steps {steps}: use a multiple of {every} for {what}")

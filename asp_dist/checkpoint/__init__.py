@@ -1,1 +1,1 @@
-"""Everything between a step and the disk, and back: what a checkpoint holds, where it lies, which ones are kept."""
+"""Checkpoints: what they contain, where they are stored, and which ones are kept."""

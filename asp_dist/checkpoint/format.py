@@ -1,7 +1,7 @@
-"""Checkpoints: complete, verified, and written while the training goes on.
+"""Checkpoints: complete, verified, and written while training continues.
 
 A checkpoint is a folder ``step-XXXXXXXX``: one safetensors file per part of the state (``model.safetensors`` has the
-plain timm names), ``state.json`` for everything that is no tensor, and ``manifest.json`` with the step, the world
+plain timm names), ``state.json`` for everything that is not a tensor, and ``manifest.json`` with the step, the world
 size, the configuration, the versions, and each file's size and SHA-256. The manifest carries its own hash. A checkpoint
 that does not fit its manifest is named in a warning, and the one before it is used.
 """
@@ -77,7 +77,7 @@ def write_checkpoint(store: Store, manifest: Manifest, plain: Any, parts: dict[s
         The checkpoint's name.
 
     Raises:
-        CheckpointError: the model holds a value that is not finite.
+        CheckpointError: the model contains a value that is not finite.
         OSError: the disk is full, or the store does not answer. Nothing is left of the attempt.
     """
     bad = [name for name, t in parts.get("model", {}).items() if t.is_floating_point() and not _all_finite(t)]
@@ -110,7 +110,7 @@ def read_manifest(store: Store, name: str) -> Manifest:
 
     Raises:
         CheckpointError: it is missing, torn, altered, or of another format.
-        OSError: it cannot be read now, which says nothing of what it holds.
+        OSError: it cannot be read now; its contents may be sound.
     """
     try:
         tree = json.loads(store.read(name, MANIFEST))
@@ -130,7 +130,7 @@ def read_checkpoint(store: Store, name: str) -> tuple[Manifest, dict[str, Any]]:
 
     Raises:
         CheckpointError: a file is missing, cut short, or altered; the message names it.
-        OSError: a file cannot be read now, which says nothing of what it holds.
+        OSError: a file cannot be read now; its contents may be sound.
     """
     manifest = read_manifest(store, name)
     tensors: dict[str, dict[str, torch.Tensor]] = {}
@@ -210,7 +210,7 @@ def flatten_state(tree: Any, tensors: dict[str, torch.Tensor], prefix: str = "")
         return tree.item()
     if isinstance(tree, PLAIN):
         return tree
-    raise TypeError(f"{prefix or 'state'} is a {type(tree).__name__}: a checkpoint holds tensors and plain types alone")
+    raise TypeError(f"{prefix or 'state'} is a {type(tree).__name__}: a checkpoint contains only tensors and plain types")
 
 
 def unflatten_state(plain: Any, tensors: dict[str, torch.Tensor]) -> Any:

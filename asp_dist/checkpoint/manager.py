@@ -45,7 +45,7 @@ class Found:
 class Staging:
     """Copies of tensors on the CPU, in buffers that are used again.
 
-    From a GPU the copy runs behind the training step's own kernels, into pinned memory; `wait` ends it. From the CPU
+    From a GPU the copy is queued after the training step's own kernels, into pinned memory; `wait` ends it. From the CPU
     it is a plain copy. Fresh buffers would cost twice that in page faults.
     """
 
@@ -83,8 +83,8 @@ class CheckpointManager:
     Args:
         store: where the checkpoints lie.
         run: identity of the run; checkpoints of others are not used.
-        keep: how many of the latest stay, beside the best.
-        waits: seconds before each further attempt at writing a checkpoint that failed; the training goes on meanwhile.
+        keep: how many of the latest to keep, besides the best.
+        waits: seconds before each retry of a failed write; training continues meanwhile.
         saved: called in the background after each checkpoint.
     """
 
@@ -161,7 +161,7 @@ class CheckpointManager:
             return Found(name, place, manifest, state)
         if problems:
             raise UserError(
-                f"no checkpoint of this run can be used: {'; '.join(message for _, _, message in problems)}. Bring one back, "
+                f"no checkpoint of this run can be used: {'; '.join(message for _, _, message in problems)}. Restore one, "
                 "or give a new run another name (--name)"
             )
         return None
@@ -206,7 +206,7 @@ class CheckpointManager:
             self._forget_old(name)
             if self.saved is not None:
                 retry(self.saved, self.waits, "copying the record")
-        except Exception as error:  # the training goes on; the run's log says what is wrong
+        except Exception as error:  # training continues; the run's log says what is wrong
             self._events.append(Event(WARNING, f"the checkpoint of step {manifest.step} failed: {error}; {self._kept()}"))
 
     def _kept(self) -> str:

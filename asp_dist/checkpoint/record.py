@@ -35,10 +35,10 @@ def with_absolute_paths(config: Config) -> Config:
 
 
 def check_run_dir(config: Config) -> dict[str, Any] | None:
-    """The identity of the run that the folder holds, None if it holds none; changes nothing.
+    """The identity of the run in the folder, None if there is none; changes nothing.
 
     Raises:
-        UserError: it holds a run with another configuration, or one that must not be touched.
+        UserError: it contains a run with another configuration, or one that must not be touched.
         OSError: the file system does not answer.
     """
     folder = run_dir(config)
@@ -52,13 +52,13 @@ def check_run_dir(config: Config) -> dict[str, Any] | None:
         if isinstance(error, OSError) and may_pass(error):
             raise
         raise UserError(
-            f"{folder} holds a run whose {CONFIG_FILE} or {IDENTITY_FILE} cannot be read ({error}): choose another name, or "
+            f"{folder} contains a run whose {CONFIG_FILE} or {IDENTITY_FILE} cannot be read ({error}): choose another name, or "
             "remove the folder"
         ) from error
     if changed:
         lines = "".join(f"\n  {name}: {before!r} there, {now!r} here" for name, (before, now) in changed.items())
         raise UserError(
-            f"{folder} holds a run with another configuration:{lines}\nchoose another name (--name), or go on with the "
+            f"{folder} contains a run with another configuration:{lines}\nchoose another name (--name), or resume with the "
             f"changed fields: --resume.allow_changes '[{', '.join(changed)}]'"
         )
     if not config.resume.enabled:
@@ -93,7 +93,7 @@ def claim_run_dir(config: Config) -> dict[str, Any]:
 
 
 def finished_summary(config: Config) -> dict[str, Any] | None:
-    """The summary of this very configuration, if the folder holds its complete results."""
+    """The summary of this very configuration, if the folder contains its complete results."""
     folder = run_dir(config)
     try:
         summary: dict[str, Any] = json.loads((folder / SUMMARY_FILE).read_text())
@@ -104,7 +104,7 @@ def finished_summary(config: Config) -> dict[str, Any] | None:
 
 
 def load_config(folder: Path) -> Config:
-    """The configuration that a run's folder holds.
+    """The configuration stored in a run's folder.
 
     Raises:
         UserError: there is none, or it cannot be read.

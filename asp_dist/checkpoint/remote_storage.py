@@ -1,7 +1,7 @@
-"""Checkpoints and results in an object store: S3, Google's, HDFS through pyarrow, and whatever fsspec knows.
+"""Checkpoints and results in an object store: S3, Google's, HDFS through pyarrow, and anything fsspec supports.
 
 An object store has no rename, so a checkpoint exists once its manifest does, which is written last. A store that fails for
-a while is asked again; the training goes on meanwhile, and the manager says in the record what could not be saved.
+a while is asked again; training continues meanwhile, and the manager says in the record what could not be saved.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ class RemoteStore:
 
 
 class Mirror:
-    """Copies of a run's small files beside its checkpoints in the object store.
+    """Copies of a run's small files next to its checkpoints in the object store.
 
     Args:
         system: a pyarrow file system.

@@ -56,7 +56,7 @@ class Store(Protocol):
         """Delete a checkpoint, its manifest first, so that half of it never looks whole."""
 
     def set_aside(self, name: str) -> str:
-        """Rename a checkpoint, with all its files, so that it is none; returns the new name."""
+        """Rename a checkpoint, with all its files, so that it no longer counts as one; returns the new name."""
 
     def where(self, name: str) -> str:
         """The checkpoint's address for people."""

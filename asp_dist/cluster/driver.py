@@ -33,7 +33,7 @@ from asp_dist.training.hooks import Stopped
 OnRow = Callable[[dict[str, Any]], None]
 POLL_S = 0.3
 GROUP_START_S = 60.0
-# Settings of the communication libraries that the workers take over from the driver.
+# Settings of the communication libraries that workers inherit from the driver.
 PASSED_ON = ("NCCL_", "GLOO_", "TORCH_", "HF_HUB_OFFLINE")
 
 

@@ -19,7 +19,7 @@ COLLATERAL = ("connection closed by peer", "connection reset", "broken pipe", "s
 
 
 class ClusterError(RuntimeError):
-    """The run failed on the cluster. `details` holds the worker's traceback, for ``--debug``."""
+    """The run failed on the cluster. `details` is the worker's traceback, for ``--debug``."""
 
     def __init__(self, message: str, details: str = "") -> None:
         super().__init__(message)

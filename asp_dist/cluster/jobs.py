@@ -127,7 +127,7 @@ def _submit_with_retries(client: JobSubmissionClient, **job: Any) -> None:
 
 
 def status(job: str, cluster: Cluster, out: TextIO | None = None) -> int:
-    """Print how a job stands. Returns 0 while it runs and when it succeeded, else its exit code."""
+    """Print a job's status. Returns 0 while it runs and when it succeeded, else its exit code."""
     out = out or sys.stdout
     client = cluster.connect()
     state = _status(client, job)
@@ -136,7 +136,7 @@ def status(job: str, cluster: Cluster, out: TextIO | None = None) -> int:
 
 
 def stop(job: str, cluster: Cluster, out: TextIO | None = None, *, timeout_s: float = 120.0) -> int:
-    """Stop a job and wait until it has ended; its run goes on from its latest checkpoint when submitted again.
+    """Stop a job and wait until it has ended; its run resumes from its latest checkpoint when submitted again.
 
     Raises:
         UserError: there is no such job.
@@ -188,7 +188,7 @@ def exit_code(client: JobSubmissionClient, job: str, out: TextIO) -> int:
     if info.status == JobStatus.SUCCEEDED:
         return 0
     if info.status == JobStatus.STOPPED:
-        print(f"job {job} was stopped; submitted again, it goes on from its latest checkpoint", file=out)
+        print(f"job {job} was stopped; submitted again, it resumes from its latest checkpoint", file=out)
         return EXIT_STOPPED
     if info.driver_exit_code is None or info.driver_exit_code < 0:
         print(f"job {job} failed: {(info.message or 'no reason was given').strip()}", file=out)

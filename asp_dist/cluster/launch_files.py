@@ -105,7 +105,7 @@ class LaunchFiles:
         """Hold the run directory's lock; the workers of a killed driver hold it for some seconds more.
 
         Raises:
-            UserError: another process still holds it after `wait_s` seconds.
+            UserError: another process still has it after `wait_s` seconds.
         """
         deadline = time.monotonic() + wait_s
         with (self.folder.parent / "lock").open("a") as file:

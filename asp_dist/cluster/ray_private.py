@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray._private import services, worker
 from ray._private.utils import get_num_cpus
 from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get
-from ray.job_submission import JobSubmissionClient
 from ray.train import ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.train.torch.config import _TorchBackend as TorchBackend
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
 
 __all__ = [
     "ClusterTrainer",

@@ -46,7 +46,7 @@ def plan_resources(config: Config, nodes: list[dict[str, Any]], *, local: bool) 
         local: whether the cluster is this machine's own, to be shared out among the workers.
 
     Raises:
-        UserError: the cluster cannot hold the workers; the message says what is there and what was asked.
+        UserError: the cluster has no room for the workers; the message gives both numbers.
     """
     alive = [node["Resources"] for node in nodes if node["Alive"]]
     total_cpus = sum(node.get("CPU", 0) for node in alive)
@@ -94,7 +94,7 @@ def _room(node: dict[str, float], needed: Resources) -> int:
 
 
 def check_storage(config: Config, files: LaunchFiles, nodes: list[dict[str, Any]], needed: Resources) -> None:
-    """Check that every node that may hold a worker sees the data and the output folder.
+    """Check that every node that may run a worker sees the data and the output folder.
 
     Raises:
         UserError: a node does not; the message names it and the folder.

@@ -10,11 +10,13 @@ from __future__ import annotations
 import json
 import os
 import uuid
-
-from ray.job_submission import JobSubmissionClient
+from typing import TYPE_CHECKING
 
 from asp_dist.cluster.ray_private import put_in_head_memory, take_from_head_memory
 from asp_dist.tracking.wandb.login import configured_server
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
 
 KEYS = ("WANDB_API_KEY", "HF_TOKEN")
 # What goes with wandb's key: offered to another server than its own, it would be given away.

@@ -84,7 +84,7 @@ def train_loop_per_worker(job: Job) -> dict[str, Any]:
 
     Raises:
         UserError: a mistake that a restart would repeat; recorded for the driver as well.
-        Exception: whatever the trainer raises; Ray Train restarts the group.
+        Exception: anything the trainer raises; Ray Train restarts the group.
     """
     if not job.files.visible():
         raise UserError(

@@ -9,7 +9,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     """Options of ``report``."""
     parser.add_argument("run_dirs", type=str, nargs="+", help="folders of runs; several are shown side by side.")
     parser.add_argument(
-        "--output", type=str | None, default=None, help="file to write; default: report.html beside the run's files."
+        "--output", type=str | None, default=None, help="file to write; default: report.html next to the run's files."
     )
 
 

@@ -198,7 +198,7 @@ class TrainingConfig:
         eval_every: epochs between validations; the last epoch is always validated.
         log_every: optimizer steps between logged rows.
         max_bad_steps: steps with a non-finite loss or gradient in a row that end the run.
-        max_steps: end after so many optimizer steps, whatever the epochs; for trials.
+        max_steps: end after this many optimizer steps, regardless of the epochs; for trials.
     """
 
     seed: int = 0
@@ -234,7 +234,7 @@ class BudgetConfig(Budget):
         count: absolute limit, in weights, multiply-adds or bytes.
         bound: ``equal`` or ``at_most``.
         scope: over the whole ``network``, or for each ``layer`` on its own.
-        also: further budgets that hold at the same time.
+        also: further budgets, met at the same time.
     """
 
     also: tuple[Budget, ...] = ()
@@ -350,7 +350,7 @@ class ClusterConfig:
 
 @dataclass(frozen=True)
 class TrackingConfig:
-    """Where the run's numbers go, beside ``metrics.jsonl``.
+    """Where the run's numbers go, besides ``metrics.jsonl``.
 
     Args:
         wandb: ``auto`` (online with a key and a network, else offline), ``online``, ``offline`` or ``disabled``.
@@ -384,9 +384,9 @@ class OutputConfig:
         checkpoint_epochs: epochs between checkpoints.
         checkpoint_steps: optimizer steps between checkpoints as well; None: none within an epoch.
         checkpoint_minutes: minutes between checkpoints as well; None: none within an epoch.
-        keep: checkpoints kept, beside the best.
-        storage: address of an object store, such as ``s3://bucket/runs``, that holds the checkpoints and copies of the
-            results, so that a run goes on where its `dir` is gone; None: the run's folder holds them.
+        keep: checkpoints to keep, besides the best.
+        storage: address of an object store, such as ``s3://bucket/runs``, for the checkpoints and copies of the
+            results, so that a run can resume without its `dir`; None: everything stays in the run's folder.
     """
 
     dir: str = "runs"
@@ -408,10 +408,10 @@ class OutputConfig:
 
 @dataclass(frozen=True)
 class ResumeConfig:
-    """What happens when the run directory already holds a run.
+    """What happens when the run directory already contains a run.
 
     Args:
-        enabled: go on from its latest checkpoint; False refuses to touch it.
+        enabled: resume from its latest checkpoint; False refuses to touch it.
         allow_changes: dotted names of fields that may differ from the run's own config.
     """
 

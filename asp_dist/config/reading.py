@@ -47,7 +47,7 @@ def from_dict(tree: dict[str, Any], cls: Any = Config, *, prefix: str = "", base
     except UserError:
         raise
     except ValueError as error:
-        # The library's own options do not know where they stand in a configuration.
+        # The library's own options do not know their place in a configuration.
         names_field = re.match(r"\w+ = ", str(error))
         raise UserError(f"{prefix}{error}" if names_field else f"{prefix.rstrip('.')}: {error}") from error
 
@@ -76,7 +76,7 @@ def differences(old: dict[str, Any], new: dict[str, Any], allowed: tuple[str, ..
 
 
 def config_hash(config: Config) -> str:
-    """Twelve hexadecimal digits that identify what the run computes, whatever its cluster and tracking."""
+    """Twelve hexadecimal digits that identify what the run computes, regardless of its cluster and tracking."""
     flat = flatten(to_dict(config))
     fixed = {k: v for k, v in flat.items() if not any(k == f or k.startswith(f"{f}.") for f in FREE_ON_RESUME)}
     return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:12]

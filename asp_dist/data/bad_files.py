@@ -24,7 +24,7 @@ class DataReadError(RuntimeError):
 
 Look = Callable[[bytes], str | None]  # what is wrong with an encoded image, or None
 
-# How errors of CUDA and of its drivers read, whatever passes them on. They say nothing about any file.
+# How errors of CUDA and its drivers read, whoever passes them on. They are never a file's fault.
 _DEVICE = re.compile(
     r"\bCUDA (error|runtime|driver|allocation|out of memory)|\bcudaError|\bCUDA_ERROR|\bnvml error", re.IGNORECASE
 )

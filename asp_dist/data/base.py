@@ -24,7 +24,7 @@ Batch = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class LoaderOptions:
-    """What a loader needs beside its samples.
+    """What a loader needs besides its samples.
 
     Args:
         spec: the tensor that the model wants.
@@ -90,7 +90,7 @@ class TrainLoader(ABC):
             else:
                 log.warning(
                     "rank %d: the loader's state is of step %d of epoch %d, but step %d is asked for: "
-                    "the same order goes on from there, with new augmentation draws",
+                    "the same order continues from there, with new augmentation draws",
                     self.options.rank, restored["step"], epoch, step,
                 )  # fmt: skip
         for batch in self._batches(epoch, step, pipeline):
@@ -102,7 +102,7 @@ class TrainLoader(ABC):
         """The micro-batches of `start`; with `pipeline`, that state of a pipeline begun at ``self._first_step``."""
 
     def _pipeline_state(self) -> str | None:
-        """State of the running pipeline behind the last batch taken, if the backend has any."""
+        """State of the running pipeline after the last batch taken, if the backend has any."""
         return None
 
     def _part(self, epoch: int, first_step: int) -> IndexArray:
@@ -129,7 +129,7 @@ class TrainLoader(ABC):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's place in the epoch, behind the last batch taken: plain types. Every rank has its own."""
+        """This rank's place in the epoch, after the last batch taken: plain types. Every rank has its own."""
         whole_steps = self._taken % self.plan.accumulate == 0
         return {
             "topology": self.topology(),
@@ -140,9 +140,9 @@ class TrainLoader(ABC):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on bit by bit at the next `start` of the state's epoch and step, if the state fits this loader.
+        """Continue bit for bit at the next `start` of the state's epoch and step, if the state fits this loader.
 
-        Otherwise `start` goes on with the same epoch's order from the same step, with new augmentation draws, and a
+        Otherwise `start` continues the same epoch's order from the same step, with new augmentation draws, and a
         log line says what differs.
         """
         mine, theirs = self.topology(), state.get("topology", {})
@@ -150,7 +150,7 @@ class TrainLoader(ABC):
         self._restored = None if changes else state
         if changes:
             log.warning(
-                "rank %d: the loader's state does not fit (%s): epoch %s goes on from step %s by its order, "
+                "rank %d: the loader's state does not fit (%s): epoch %s continues from step %s by its order, "
                 "with new augmentation draws",
                 self.options.rank, ", ".join(changes), state.get("epoch"), state.get("step"),
             )  # fmt: skip
@@ -193,7 +193,7 @@ class ValLoader(ABC):
 
     @abstractmethod
     def _batches(self) -> Iterator[Batch]:
-        """The batches that hold samples."""
+        """The batches that contain samples."""
 
     def close(self) -> None:  # noqa: B027
         """Let go of threads, processes and files."""

@@ -1,4 +1,4 @@
-"""Opening a data set: what it holds, how it is laid out, what its classes are called."""
+"""Opening a data set: its contents, its layout, and the names of its classes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from asp_dist.errors import UserError, check
 
 @dataclass(frozen=True)
 class DataInfo:
-    """What a data set holds.
+    """The contents of a data set.
 
     Args:
         num_train: training samples.
@@ -104,7 +104,7 @@ def _open_split(kind: str, root: Path, split: str, num_classes: int | None) -> S
 
 
 def inspect_data(data: DataConfig) -> DataInfo:
-    """What the data set at ``data.root`` holds.
+    """The contents of the data set at ``data.root``.
 
     Raises:
         UserError: as `open_data_set`.

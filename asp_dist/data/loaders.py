@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Loaders:
-    """One rank's loaders, and what their data set holds."""
+    """One rank's loaders, and the contents of their data set."""
 
     train: TrainLoader
     val: ValLoader
@@ -46,7 +46,7 @@ def build_loaders(
 
     Args:
         data: the data set and how it is loaded.
-        model_data: timm's ``resolve_model_data_config`` of the model; ``data.input_size`` goes on top.
+        model_data: timm's ``resolve_model_data_config`` of the model; ``data.input_size`` overrides it.
         seed: seed of the order and of the augmentation.
         rank: this rank.
         world_size: number of ranks.

@@ -24,7 +24,7 @@ class Names(Sequence[str]):
     """An immutable list of strings in one block of bytes: 1.28 million paths take 80 MB, and a manifest is its own block.
 
     Args:
-        blob: UTF-8 text that holds the strings.
+        blob: UTF-8 text with the strings.
         begins: int64 [N], where each string begins in `blob`.
         ends: int64 [N], where it ends.
     """

@@ -26,7 +26,7 @@ from asp_dist.training.preflight import check_batch, planned_world_size
 from asp_dist.training.run import count_steps
 from asp_dist.training.world import World
 
-# Training images, validation images and classes of the data set that a network of so many classes stands for.
+# Training images, validation images and classes of the data set that a network with this many classes suggests.
 DATA_SETS = {10: ("CIFAR-10", 50_000, 10_000), 1000: ("ImageNet-1k", 1_281_167, 50_000)}
 WORKERS = tuple(2**i for i in range(11))
 

@@ -56,7 +56,7 @@ class StepTime:
 
     Attributes:
         device: where it was measured.
-        fixed: seconds whatever the number of images: optimizer, pruner, launches.
+        fixed: seconds independent of the number of images: optimizer, pruner, launches.
         per_image: seconds per image on one worker.
         activation_bytes: bytes kept for backward, per image.
         images: numbers of images at which it was measured.

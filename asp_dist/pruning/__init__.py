@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from asp_dist.pruning.pruner import Pruner
     from asp_dist.pruning.snapshot import PrunedLayer, Snapshot
 
-# What needs torch is imported when it is used: a configuration holds the options alone, and is read without torch.
+# What needs torch is imported when it is used: a configuration contains only the options, and is read without torch.
 _LAZY = {
     "Controller": "control.controller",
     "Problem": "control.controller",

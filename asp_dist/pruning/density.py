@@ -101,21 +101,21 @@ class DensityModel:
         return torch.logit(density, eps=MARGIN)
 
     def observe(self, thresholds: Tensor, counts: LayerCounts, where: Tensor) -> None:
-        """Take in the counts of the layers in the boolean mask `where` [L], made at `thresholds` [L] = b/σ."""
+        """Update the model with the counts of the layers in the boolean mask `where` [L], made at `thresholds` [L] = b/σ."""
         self.fresh = where
         kept, nearby = counts.kept / self.numel, counts.nearby / self.numel
         # A count says no more than that the density lies half a weight inside of 0 and 1.
         half = 0.5 / self.numel
         level, next_level = (self._logit(d.clamp(half, 1.0 - half)) for d in (kept, nearby))
         here, further = (self._logit(gaussian_density(t)) for t in (thresholds, NEARBY * thresholds))
-        # Equal counts tell nothing of the slope; an old steep one would hold the layer where it is.
+        # Equal counts say nothing about the slope; an old steep one would pin the layer.
         known = (nearby < kept) & (kept < 1.0)
         secant = (next_level - level) / (further - here).clamp(max=-1e-12)
         steepness = torch.where(known, secant.clamp(*STEEPNESS), self.steepness.sqrt())
         # A logit of few weights is mostly chance: the curve follows a count by as much as it has to say.
         evidence = torch.minimum(counts.kept, self.numel - counts.kept) + 0.5
         believed = self.steepness * here + self.shift
-        # Empty or whole is no reason to correct a curve that says the same.
+        # A layer that counts 0 or 1 where the curve says the same needs no correction.
         level = torch.where(counts.kept == 0, level.minimum(believed), level)
         level = torch.where(counts.kept == self.numel, level.maximum(believed), level)
         level = believed + evidence / (evidence + EVIDENCE) * (level - believed)

@@ -33,7 +33,7 @@ def _multiply_adds(operator: Any, arguments: Sequence[Any], result: Tensor) -> f
     if operator is not aten.convolution:
         return result.numel() * first.shape[-1]
     # A kernel's every weight meets each output position; in a transposed convolution, each input position. So per sample,
-    # whatever the groups.
+    # for any number of groups.
     positions = (first if arguments[6] else result).shape[2:]
     return first.shape[0] * second.numel() * math.prod(positions)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from abc import ABCMeta, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
+TYPE_CHECKING = False  # jsonargparse executes the block below typing's own constant, and would import torch
 if TYPE_CHECKING:
     from torch import Tensor
 

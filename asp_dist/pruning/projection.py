@@ -1,4 +1,4 @@
-"""The exact projection: which weights stay, so that the budget holds in counted nonzeros, the same on every rank."""
+"""The exact projection: which weights to keep so that counted nonzeros meet the budget, the same on every rank."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ class Pruner:
             before.
         optimizer: any torch optimizer over the model's parameters, or several that train different ones; stepped without a
             closure, each once per iteration. The thresholds move when the last one has stepped.
-        budget: one budget, or several that hold together.
+        budget: one budget, or several that must all be met.
         control: what moves the thresholds: `SparsityLoss`, `Track`, or a control of your own.
         ramp: the target over the run, and when the mask is frozen.
         select: which layers are pruned.
@@ -145,7 +145,7 @@ class Pruner:
 
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer) -> None:
-        """Take the thresholds' gradients from the final gradients, and put the dense weights in place for the optimizer."""
+        """Compute the thresholds' gradients from the final gradients, and put the dense weights in place for the optimizer."""
         if self.frozen:
             return
         mine = self._trained_by(optimizer)
@@ -239,7 +239,7 @@ class Pruner:
                 write_pruned(self.operator, layer.flat_dense(), mean, threshold, layer.flat_pruned())
 
     def _observe(self, sums: LayerSums) -> None:
-        """Let the density model take in what was counted at the current thresholds."""
+        """Update the density model with the counts at the current thresholds."""
         if sums.nearby is None or sums.largest is None:
             return
         sigmas = self.sigmas.clamp_min(1e-30)
@@ -341,7 +341,7 @@ class Pruner:
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a resumed run needs beside the model's own state: plain types, and tensors of whole layers.
+        """Everything that a resumed run needs besides the model's own state: plain types, and tensors of whole layers.
 
         Independent of the world size and of sharding; a collective under FSDP2.
         """

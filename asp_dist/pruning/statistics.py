@@ -12,7 +12,7 @@ from torch import Tensor
 from asp_dist.pruning.density import NEARBY
 from asp_dist.pruning.weights import LayerWeights, RankReducer, count_above, largest, moments
 
-# A count takes a pass over the weights. So a step counts layers of so many weights, or of this share of all weights, in turn.
+# A count is a pass over the weights. So each step counts layers of this many weights, or this share of all, in turn.
 COUNTED_WEIGHTS = 2_000_000
 COUNTED_SHARE = 1 / 8
 # Layers' means that chance would give to fresh weights less often than this belong to a trained network.
@@ -84,7 +84,7 @@ class LayerStatistics:
         )
 
     def count_some(self, thresholds: Sequence[float]) -> None:
-        """Count some layers, in turn; `thresholds` are in weight units. The next all-reduce takes the counts along."""
+        """Count some layers, in turn; `thresholds` are in weight units. The next all-reduce carries the counts."""
         quota = max(COUNTED_WEIGHTS, float(self.numel.sum()) * COUNTED_SHARE)
         self.fresh.zero_()
         while quota > 0 and not bool(self.fresh[self._next]):
@@ -99,7 +99,7 @@ class LayerStatistics:
         self._counts = torch.stack([self._count(layer, b) for layer, b in zip(self.layers, thresholds)], dim=1)
 
     def kept(self) -> Tensor:
-        """Nonzero weights of every layer now, float64 [L] on the CPU; a collective of its own, which no step takes note of."""
+        """Nonzero weights of every layer now, float64 [L] on the CPU; a collective of its own, outside of any step."""
         counts = torch.stack([torch.count_nonzero(layer.pruned) for layer in self.layers]).double()
         return self.reducer.reduce(counts)[0].cpu().round()
 
@@ -112,7 +112,7 @@ class LayerStatistics:
         return column
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the turn of counting stands. The counts themselves are taken anew after loading."""
+        """Which layers are counted next. The counts themselves are made anew after loading."""
         return {"fresh": self.fresh.clone(), "next": self._next}
 
     def load_state_dict(self, state: dict[str, Any], thresholds: Sequence[float]) -> None:

@@ -13,7 +13,7 @@ from asp_dist.pruning.layers import WeightInfo
 from asp_dist.pruning.options import Operator
 
 # A layer's weights go through several operations in pieces: on the CPU a piece stays in the cache between them, and anywhere
-# the temporary tensors are small beside a network. At 1 MiB and more, malloc would take each of those from the system anew.
+# the temporary tensors are small compared to a network. From 1 MiB, malloc would request each from the system anew.
 _CPU_BLOCK = 1 << 17
 _GPU_BLOCK = 1 << 20
 
@@ -103,7 +103,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def flat(tensor: Tensor) -> Tensor:
-    """A one-dimensional view of a dense tensor in the order of its storage, whatever its memory format.
+    """A one-dimensional view of a dense tensor in the order of its storage, for any memory format.
 
     Raises:
         ValueError: the tensor has gaps or overlaps in memory.
@@ -207,7 +207,7 @@ class LayerWeights:
             self.parameter.data = self.dense
 
     def swap_out_dense(self) -> None:
-        """Take the dense weights back from the parameter, and put the pruned ones in again."""
+        """Store the parameter's values as the dense weights, and put the pruned ones in again."""
         if self.sharded:
             self.dense.copy_(self.pruned)
         else:

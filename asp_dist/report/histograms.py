@@ -16,7 +16,7 @@ DENSE = "dense."
 class Histogram:
     """Counts of one layer's weights over `BINS` equal bins of [-`RANGE`, `RANGE`] standard deviations.
 
-    The outermost bins hold what lies beyond.
+    The outermost bins include everything beyond.
 
     Attributes:
         name: the layer.
@@ -32,7 +32,7 @@ class Histogram:
 
 
 def latest_checkpoint(run_dir: Path) -> Path | None:
-    """The newest checkpoint folder that holds a pruner's dense weights, or None."""
+    """The newest checkpoint folder with a pruner's dense weights, or None."""
     files = sorted((run_dir / "checkpoints").glob("step-*/pruner.safetensors"))
     files = [file for file in files if (file.parent / MODEL_FILE).exists()]
     return files[-1].parent if files else None
@@ -52,7 +52,7 @@ def histograms(run_dir: Path) -> list[Histogram]:
         safe_open(str(folder / MODEL_FILE), framework="pt") as model,
     ):
         weights = set(model.keys())
-        for key in (k for k in pruner.keys() if k.startswith(DENSE)):  # noqa: SIM118  # it is no mapping
+        for key in (k for k in pruner.keys() if k.startswith(DENSE)):  # noqa: SIM118  # not a mapping
             name = key.removeprefix(DENSE)
             weight = f"{name}.weight" if f"{name}.weight" in weights else name
             if weight not in weights:

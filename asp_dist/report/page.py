@@ -110,7 +110,7 @@ class Page:
         self._parts.append(f'<p class="sub">{text(body)}</p>')
 
     def render(self) -> str:
-        """The whole page. It holds plotly's own script, about 4.8 MB."""
+        """The whole page. It contains plotly's own script, about 4.8 MB."""
         from plotly.offline import get_plotlyjs
 
         data = json.dumps(self.figures, separators=(",", ":"), allow_nan=False).replace("</", "<\\/")

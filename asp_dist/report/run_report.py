@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a run directory holds, as far as the report shows it."""
+    """What the report shows of a run directory."""
 
     dir: Path
     name: str
@@ -93,7 +93,7 @@ def write_report(run_dirs: Sequence[Path | str], out: Path | str | None = None) 
 
     Args:
         run_dirs: folders of runs, finished or not.
-        out: the file; None: ``report.html`` in the run's folder, for several runs beside their folders.
+        out: the file; None: ``report.html`` in the run's folder, for several runs next to their folders.
 
     Returns:
         The file's path.

@@ -83,7 +83,7 @@ def load_model(config: Config, file: Path, num_classes: int) -> torch.nn.Module:
             config.model.name,
             num_classes=num_classes,
             pretrained=True,
-            # Without its number of classes timm takes the file's for ImageNet's, and drops the classifier.
+            # Without its number of classes timm assumes an ImageNet file and drops the classifier.
             pretrained_cfg_overlay={"file": str(file), "num_classes": num_classes},
             **kwargs,
         )

@@ -35,7 +35,7 @@ WARNINGS = ("warning", "failure", "skipped_step", "tracking")
 
 
 class Console:
-    """Shows a run from its rows (those of ``metrics.jsonl``), in whatever process they arrive.
+    """Shows a run from its rows (those of ``metrics.jsonl``), in any process.
 
     Args:
         config: the run's configuration.

@@ -12,7 +12,7 @@ PERCENT = ".0%"
 
 
 def short(value: Any, digits: int = 5) -> Any:
-    """A number with `digits` significant digits, so that the file stays small; what is no finite number is None."""
+    """A number with `digits` significant digits, so that the file stays small; anything not finite becomes None."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return float(f"{value:.{digits}g}") if isinstance(value, float) else value

@@ -65,7 +65,7 @@ class LayerHistory:
 
 
 def read_history(run_dir: Path) -> LayerHistory:
-    """What ``layers.jsonl`` of a run holds; empty if there is none."""
+    """The rows of a run's ``layers.jsonl``; empty if there is none."""
     history = LayerHistory()
     for row in read_rows(run_dir / LAYERS_HISTORY_FILE):
         history.add(int(row["step"]), row)
@@ -103,7 +103,7 @@ class LayerFile:
             self.history.add(int(row["step"]), row)
 
     def add(self, step: int, rows: list[LayerRow]) -> bool:
-        """Record the layers at `step`; False where that step stands already."""
+        """Record the layers at `step`; False if that step is recorded already."""
         pruned = [row for row in rows if is_pruned(row)]
         columns = {key: [_rounded(row.get(key)) for row in pruned] for key in ("name", *SERIES)}
         written = self._file.append(step, {"kind": LAYERS, **columns})

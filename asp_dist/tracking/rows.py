@@ -1,4 +1,4 @@
-"""``metrics.jsonl``: one JSON row per line, the run's own record whatever else watches it."""
+"""``metrics.jsonl``: one JSON row per line, the run's own record, independent of every tracker."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class MetricsFile:
         self._file = path.open("a", encoding="utf-8")
 
     def append(self, step: int, row: Row) -> Row | None:
-        """Write `row` at `step`; returns the row as written, or None where that step of that kind stands already."""
+        """Write `row` at `step`; returns the row as written, or None if that step of that kind is recorded already."""
         kind = kind_of(row)
         if kind != EVENT and step <= self.last_step.get(kind, -1):
             return None
@@ -137,7 +137,7 @@ class Tail:
 
     Args:
         path: the file, which need not exist yet.
-        from_end: leave out what it holds now.
+        from_end: skip what is there now.
     """
 
     def __init__(self, path: Path, *, from_end: bool = False) -> None:

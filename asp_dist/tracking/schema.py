@@ -118,7 +118,7 @@ class RunSummary(PruningSummary, total=False):
         val_loss: cross-entropy on them.
         val_samples: their number.
         best: the best validation at the budget: ``{"step": ..., "val/top1": ...}``; None: there was none.
-        weights: whose weights ``model.safetensors`` holds: ``model`` or ``average``.
+        weights: whose weights are in ``model.safetensors``: ``model`` or ``average``.
         images_per_second: throughput of all workers.
         epochs: length of the run.
         steps: optimizer steps.

@@ -88,7 +88,7 @@ class Heartbeat:
         self._thread.join()
 
     def _wait(self) -> None:
-        limit: float | None = None  # before the first row anything may take long: start-up, compilation
+        limit: float | None = None  # before the first row anything may be slow: start-up, compilation
         while not self._closed:
             came = self._changed.wait(limit)
             self._changed.clear()
@@ -100,7 +100,7 @@ class Heartbeat:
 
 
 class Tracker:
-    """Takes a run's rows; this one drops them (ranks other than 0). Usable in a ``with`` block, which finishes it."""
+    """Receives a run's rows; this one drops them (ranks other than 0). Usable in a ``with`` block, which finishes it."""
 
     def log(self, step: int, row: Row) -> None:
         """Record `row` after `step` optimizer steps; duplicate steps of the same kind are dropped."""
@@ -203,7 +203,7 @@ class RunTracker(Tracker):
             call(self._run)
         except Exception as error:
             self._run = None
-            text = f"wandb failed ({type(error).__name__}: {error}); the run goes on in {self._metrics.path}"
+            text = f"wandb failed ({type(error).__name__}: {error}); the run continues in {self._metrics.path}"
             self._metrics.append(self._step, {"event": WARNING, "message": text})
 
 

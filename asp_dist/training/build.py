@@ -28,7 +28,7 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Op
     """timm's optimizer of that name over `model`'s parameters; no weight decay on biases and norms.
 
     Raises:
-        UserError: timm knows no such optimizer, or it does not take an argument of ``optimizer.kwargs``.
+        UserError: timm has no such optimizer, or it does not accept an argument of ``optimizer.kwargs``.
     """
     check_optimizer(config.name)
     info = get_optimizer_info(config.name)
@@ -182,7 +182,7 @@ def build_pruner(
 
 
 def shard_model(model: nn.Module) -> None:
-    """Shard `model` over all ranks (FSDP2): each block that holds parameters of its own kind, then the rest."""
+    """Shard `model` over all ranks (FSDP2): each block with parameters of its own, then the rest."""
     from torch.distributed.fsdp import fully_shard
 
     for child in model.children():

@@ -223,7 +223,7 @@ def refuse_to_start_over(run: Run, stores: Sequence[Store]) -> None:
     if saved:
         places = " and ".join(store.where("") for store in (run.checkpoints.store, *stores))
         raise UserError(
-            f"{run.folder} has the record of a run ({saved[-1]}), but no checkpoint is left in {places}: bring one back, or "
+            f"{run.folder} has the record of a run ({saved[-1]}), but no checkpoint is left in {places}: restore one, or "
             "give the new run another name (--name)"
         )
 

@@ -1,4 +1,4 @@
-"""Validation: exact counts over all ranks, whatever way the samples are dealt to them."""
+"""Validation: exact counts over all ranks, however the samples are distributed."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ class StepDecision:
     Attributes:
         bad: some rank's loss or gradients are not finite.
         bad_loss: some rank's loss is not; one rank's gradients reach all ranks, its loss reaches them by this alone.
-        stop: why to stop after this step; None: go on.
+        stop: why to stop after this step; None: continue.
         save: whether a checkpoint is due.
         norm: the gradients' norm.
     """
@@ -83,7 +83,7 @@ def check_layers(run: Run, rows: list[LayerRow]) -> None:
     """Look at the layers' rows of a validation.
 
     A layer without any weight left cuts the network: the user is warned. Once the mask is frozen, no layer's sparsity may
-    fall: something writes pruned weights behind the pruner's back, and the budget no longer holds.
+    fall: something writes pruned weights behind the pruner's back, and the budget is no longer met.
 
     Raises:
         BadNumbers: a frozen layer has more weights than before; names it.

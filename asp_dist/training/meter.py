@@ -89,7 +89,7 @@ class Meter:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state`."""
+        """Continue from `state`."""
         self._loss.fill_(state["loss"])
         self._counted, self._norm, self._steps = state["counted"], state["norm"], state["steps"]
         self._seconds = dict(state["seconds"])

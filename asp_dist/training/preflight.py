@@ -28,7 +28,7 @@ class Preflight:
         steps_per_epoch: optimizer steps per epoch.
         total_steps: optimizer steps of the run.
         world_size: number of workers.
-        resumes: whether the folder holds this run already.
+        resumes: whether the folder contains this run already.
     """
 
     data: DataInfo
@@ -43,7 +43,7 @@ def preflight(config: Config) -> Preflight:
 
     Raises:
         UserError: unknown model, optimizer or schedule; missing or unfit data; a budget that cannot be met; a batch that
-            does not divide among the workers; a folder that holds another run.
+            does not divide among the workers; a folder with another run.
     """
     config = with_absolute_paths(config)
     check_model_name(config.model.name)

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether FSDP2 holds `model`'s parameters in shards."""
+    """Whether FSDP2 has sharded `model`'s parameters."""
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 

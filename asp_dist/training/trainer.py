@@ -42,7 +42,7 @@ def train(config: Config, world: World, hooks: Hooks | None = None) -> dict[str,
         The run's summary, on every rank.
 
     Raises:
-        UserError: the configuration does not fit the data, the model, the workers, or the run that the folder holds.
+        UserError: the configuration does not fit the data, the model, the workers, or the run in the folder.
         Stopped: `hooks` asked for it; a checkpoint is saved.
         BadNumbers: ``training.max_bad_steps`` steps in a row had a loss or gradient that is not finite.
     """

@@ -1,4 +1,4 @@
-"""Where this process stands among the ranks of a run, and the few collectives that the trainer needs.
+"""This process's place among the ranks of a run, and the few collectives that the trainer needs.
 
 The same trainer runs in one process, under torchrun and under Ray Train. `World` hides which: alone it skips
 communication, otherwise it uses the process group that torchrun's environment describes, or an existing one.

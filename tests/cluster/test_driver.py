@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -150,27 +149,22 @@ def stand_in(mode: str) -> TrainFunction:
         import torch
         import torch.distributed as dist
 
-        from asp_dist.training.hooks import Stopped
-
         run_dir = Path(config.output.dir) / config.name
         attempts = run_dir / f"attempts-{world.rank}"
         attempt = int(attempts.read_text()) if attempts.exists() else 0
         attempts.write_text(str(attempt + 1))
-        for step in range(300 if mode in ("long", "deaf") else 12):
-            stop = mode != "deaf" and hooks.stop_requested()
-            total = torch.tensor([world.rank + 1.0, 1.0 if stop else 0.0])
+        for step in range(300 if mode == "deaf" else 12):
+            total = torch.tensor(world.rank + 1.0)
             dist.all_reduce(total)
-            if total[1] > 0:
-                raise Stopped(hooks.stop_requested() or "SIGTERM", step)
             if world.rank == 0:
                 with (run_dir / "metrics.jsonl").open("a") as file:
-                    file.write(json.dumps({"step": step, "total": float(total[0])}) + "\n")
+                    file.write(json.dumps({"step": step, "total": float(total)}) + "\n")
             if step == 3 and world.rank == 1:
                 if mode == "user":
                     raise UserError("label 12 is outside 0..9")
                 if mode == "bug":
                     raise AttributeError("no such thing")
-                if mode == "die" or (mode == "die once" and attempt == 0):
+                if mode == "die":
                     os.kill(os.getpid(), signal.SIGKILL)
             time.sleep(0.1)
         hooks.report({"top1": 0.5})
@@ -231,15 +225,6 @@ def test_two_workers_train_and_the_driver_sees_their_rows(tmp_path: Path, ray_ad
 
 
 @pytest.mark.slow
-def test_a_killed_worker_is_restarted(tmp_path: Path, ray_address: str) -> None:
-    rows: list[dict[str, Any]] = []
-    summary = run(small(tmp_path, address=ray_address), rows.append, train=stand_in("die once"))
-    assert summary["attempts"] == 2
-    (failure,) = [row["message"] for row in rows if row.get("event") == "failure"]
-    assert re.fullmatch(r"worker 1: its process died on node [\d.]+ \(killed, out of memory or crashed\)", failure)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mode", "error", "message", "attempts"),
     [
@@ -256,20 +241,6 @@ def test_failures_end_the_run_with_one_line(
     assert "\n" not in str(caught.value)
     assert int((tmp_path / "run" / "attempts-1").read_text()) == attempts
     assert not (tmp_path / "run" / "cluster").exists()
-
-
-@pytest.mark.slow
-def test_sigterm_to_the_driver_stops_the_workers_between_steps(tmp_path: Path, ray_address: str) -> None:
-    from asp_dist.training.hooks import Stopped
-
-    def on_row(row: dict[str, Any]) -> None:
-        if row["step"] == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Stopped, match="SIGTERM"):
-        run(small(tmp_path, address=ray_address), on_row, train=stand_in("long"))
-    assert signal.getsignal(signal.SIGTERM) is before
 
 
 SHRINKING = """
@@ -294,12 +265,12 @@ def test_four_workers_that_lose_a_node_go_on_with_two(tmp_path: Path, monkeypatc
     import ray
 
     # Ray counts the lost node's CPUs for a while, and waits this long for a group that needs them.
-    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20")
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "8")
 
     config = small_config(
         tmp_path,
         cluster=ClusterConfig(num_workers=4, min_workers=1, cpus_per_worker=1, max_failures=3),
-        schedule__epochs=20,
+        schedule__epochs=10,
         output__checkpoint_steps=4,
         training__log_every=1,
     )
@@ -321,7 +292,7 @@ def test_four_workers_that_lose_a_node_go_on_with_two(tmp_path: Path, monkeypatc
             if ray.is_initialized():
                 ray.shutdown()
             nodes.stdin.close()
-    assert (summary["world_size"], summary["steps"]) == (2, 80)
+    assert (summary["world_size"], summary["steps"]) == (2, 40)
     assert summary["sparsity"] == pytest.approx(0.9, abs=5e-4)
     messages = [row["message"] for row in rows if row.get("kind") == "event"]
     assert any("elastic group of 1, 2, 4 workers" in message for message in messages)
@@ -351,7 +322,8 @@ def test_local_cluster_leaves_no_process_after_a_second_interrupt(tmp_path: Path
         if row.get("step") in (1, 50):  # 5 s apart: Python sees two signals at once as one
             os.kill(os.getpid(), signal.SIGINT)
 
-    before = _descendants(os.getpid())
+    before, handler = _descendants(os.getpid()), signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         run(small(tmp_path, address="local", cpus_per_worker=0.5), on_row, train=stand_in("deaf"))
+    assert signal.getsignal(signal.SIGINT) is handler
     assert _descendants(os.getpid()).items() <= before.items()

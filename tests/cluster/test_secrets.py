@@ -41,7 +41,7 @@ def test_an_address_with_credentials_is_refused_without_showing_them(
     assert cli.main(["train", *arguments]) == 2
     out = capfd.readouterr()
     assert SECRET not in out.out + out.err and "AKIA" not in out.out + out.err
-    assert out.err.startswith(f"error: {field}: the {address.split(':')[0]}:// address holds")
+    assert out.err.startswith(f"error: {field}: the {address.split(':')[0]}:// address contains")
     assert "AWS_ACCESS_KEY_ID" in out.err
     assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
 

@@ -153,7 +153,7 @@ def test_a_bad_manifest_line_is_named(tmp_path: Path, line: str) -> None:
 
 
 def test_shards_without_labels_or_with_too_high_ones_are_refused(roots: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"hold class 9, but there are 3 classes"):
+    with pytest.raises(UserError, match=r"contain class 9, but there are 3 classes"):
         read_shards(roots["shards"], "train", num_classes=3)
     image = next((roots["folder"] / "val" / "0").iterdir())
     with tarfile.open(tmp_path / "train-000000.tar", "w") as tar:

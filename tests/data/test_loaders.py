@@ -142,7 +142,7 @@ def test_a_state_of_another_topology_goes_on_at_the_same_offset_and_says_so(
             train.load_state_dict(state)
         for _, targets in train.start(3, 5):
             seen.update(targets.tolist())
-    assert "world size 2 -> 3" in caplog.text and "goes on from step 5" in caplog.text
+    assert "world size 2 -> 3" in caplog.text and "continues from step 5" in caplog.text
     assert train.samples is not None
     assert seen == Counter(train.samples.labels[order].tolist())
 

@@ -74,7 +74,7 @@ def test_cifar_becomes_a_folder(tmp_path: Path, dataset: Any, num_train: int, ex
 
 
 def test_cifar_runs_no_code_and_names_what_is_missing(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"holds neither cifar-10-python.tar.gz nor cifar-10-batches-py/: fetch https"):
+    with pytest.raises(UserError, match=r"contains neither cifar-10-python.tar.gz nor cifar-10-batches-py/: download https"):
         prepare("cifar10", tmp_path / "t", source=tmp_path, progress=False)
     folder = tmp_path / "cifar-10-batches-py"
     folder.mkdir()

@@ -18,6 +18,7 @@ from processes import environment_of, processes
 from safetensors.torch import load_file
 from waiting import HANG_S, wait_until
 
+from asp_dist.cli import main
 from asp_dist.data import prepare_digits
 from asp_dist.tracking import read_rows
 from asp_dist.tracking.schema import RunSummary
@@ -26,6 +27,7 @@ from asp_dist.tracking.wandb.wandb_run import run_id
 
 ROOT = Path(__file__).parents[2]
 CONFIG = str(ROOT / "configs" / "quickstart.yaml")
+EPOCHS, PER_EPOCH = 6, 22  # the recipe's own twelve epochs take half as long again as all else here
 MARK = uuid.uuid4().hex
 ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB_", "RAY_"))} | {"ASP_DIST_TEST": MARK}
 
@@ -70,20 +72,21 @@ def summary_of(run_dir: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def quickstart(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> tuple[Path, str, str]:
-    """The quickstart, interrupted in the middle of epoch 2 and started again; its folder, and the output of both."""
+    """The quickstart in half its epochs, interrupted in the second one and started again; its folder, and what both print."""
     folder = tmp_path_factory.mktemp("runs")
-    first = asp_dist(*train(folder, digits))
+    command = train(folder, digits, "--schedule.epochs", str(EPOCHS))
+    first = asp_dist(*command)
     metrics = folder / "quickstart" / "metrics.jsonl"
 
     def second_epoch() -> bool:
         assert first.poll() is None, finish(first)
-        return any(row["step"] > 22 for row in read_rows(metrics))  # an epoch has 22 steps
+        return any(row["step"] > PER_EPOCH for row in read_rows(metrics))
 
     wait_until(second_epoch, "the second epoch")
     first.send_signal(signal.SIGINT)
     code, _, interrupted = finish(first)
     assert code == 75, interrupted
-    code, out, err = finish(asp_dist(*train(folder, digits)))
+    code, out, err = finish(asp_dist(*command))
     assert code == 0, err
     assert left_over() == []
     return folder / "quickstart", out, interrupted
@@ -98,7 +101,7 @@ class TestQuickstart:
         assert summary["top1"] >= 0.97
         assert abs(summary["sparsity"] - 0.9) <= 0.0005
         assert summary["nonzero_weights"] == round(0.1 * summary["prunable_weights"])
-        assert summary["world_size"] == 2 and summary["epochs"] == 12
+        assert summary["world_size"] == 2 and summary["epochs"] == EPOCHS
         assert summary["images_per_second"] > 0
 
     def test_it_went_on_where_it_was(self, quickstart: tuple[Path, str, str]) -> None:
@@ -106,10 +109,10 @@ class TestQuickstart:
         assert "SIGINT" in interrupted
         rows = read_rows(folder / "metrics.jsonl")
         resumed = [row for row in rows if row.get("event") == "resume"]
-        assert len(resumed) == 1 and 22 < resumed[0]["step"] < 44
+        assert len(resumed) == 1 and PER_EPOCH < resumed[0]["step"] < 2 * PER_EPOCH
         steps = [row["step"] for row in rows if row["kind"] == "train"]
-        assert steps == sorted(set(steps)) and steps[-1] == 12 * 22
-        assert [row["step"] for row in rows if row["kind"] == "eval"] == [22 * epoch for epoch in range(1, 13)]
+        assert steps == sorted(set(steps)) and steps[-1] == EPOCHS * PER_EPOCH
+        assert [row["step"] for row in rows if row["kind"] == "eval"] == [PER_EPOCH * epoch for epoch in range(1, EPOCHS + 1)]
 
     def test_it_prints_the_layers_the_results_and_what_to_try_next(self, quickstart: tuple[Path, str, str]) -> None:
         folder, out, _ = quickstart
@@ -123,7 +126,7 @@ class TestQuickstart:
         assert len(files) == 2  # before and after the interruption
         rows = [row for file in files for row in transaction_log.history(file)]
         steps = [row["global_step"] for row in rows if "val/top1" in row]
-        assert steps == [22 * epoch for epoch in range(1, 13)]
+        assert steps == [PER_EPOCH * epoch for epoch in range(1, EPOCHS + 1)]
         logged = {key for row in rows for key in row}
         assert {"train/loss", "train/lr", "sparsity/target", "sparsity/predicted", "sparsity/measured"} <= logged
 
@@ -149,28 +152,25 @@ class TestQuickstart:
         assert names >= {"summary.json", "checkpoints", "wandb"}
 
 
+SHORT = ("--training.max_steps", "6", "--quiet")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("words", "launcher", "world_size"),
-    [
-        (("--cluster.num_workers", "1"), (sys.executable, "-m", "asp_dist"), 1),
-        (("--cluster.mode", "local"), (sys.executable, "-m", "asp_dist"), 1),
-        (
-            (),
-            (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "asp_dist"),
-            2,
-        ),
-    ],
-    ids=["one worker", "local", "torchrun"],
-)
-def test_the_same_command_runs_elsewhere(
-    tmp_path: Path, digits: Path, words: tuple[str, ...], launcher: tuple[str, ...], world_size: int
-) -> None:
-    short = ("--training.max_steps", "6", "--quiet")
-    code, _, err = finish(asp_dist(*train(tmp_path, digits, *short, *words), launcher=launcher))
+def test_the_same_command_runs_under_torchrun(tmp_path: Path, digits: Path) -> None:
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "asp_dist")
+    code, _, err = finish(asp_dist(*train(tmp_path, digits, *SHORT), launcher=launcher))
     assert code == 0, err
     summary = summary_of(tmp_path / "quickstart")
-    assert summary["world_size"] == world_size
+    assert summary["world_size"] == 2
+    assert summary["nonzero_weights"] == round(0.1 * summary["prunable_weights"])
+
+
+@pytest.mark.slow
+def test_the_same_command_runs_in_this_process(tmp_path: Path, digits: Path) -> None:
+    """On one worker of a Ray cluster: tests/cluster/test_jobs.py."""
+    assert main(train(tmp_path, digits, *SHORT, "--cluster.mode", "local")) == 0
+    summary = summary_of(tmp_path / "quickstart")
+    assert summary["world_size"] == 1
     assert summary["nonzero_weights"] == round(0.1 * summary["prunable_weights"])
 
 
@@ -269,17 +269,21 @@ def test_unfit_data_folders_are_refused(refused: Refused, kind: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_folder_with_another_run_and_an_unreadable_checkpoint_are_refused(tmp_path: Path, digits: Path) -> None:
+def test_a_folder_with_another_run_and_an_unreadable_checkpoint_are_refused(
+    tmp_path: Path, digits: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = ["--cluster.mode", "local", "--training.max_steps", "2", "--tracking.wandb", "disabled", "--quiet"]
     words += ["--model.name", "cifar_resnet20"]
-    code, _, err = finish(asp_dist(*train(tmp_path, digits, *words)))
-    assert code == 0, err
-    code, _, err = finish(asp_dist(*train(tmp_path, digits, *words, "--optimizer.lr", "0.3")))
-    assert code == 2 and "optimizer.lr" in err and "0.3" in err and "Traceback" not in err, err
+    assert main(train(tmp_path, digits, *words)) == 0
+    capsys.readouterr()
+    assert main(train(tmp_path, digits, *words, "--optimizer.lr", "0.3")) == 2
+    err = capsys.readouterr().err
+    assert "optimizer.lr" in err and "0.3" in err and "Traceback" not in err, err
     for checkpoint in (tmp_path / "quickstart" / "checkpoints").iterdir():
         for file in checkpoint.iterdir():
             file.write_bytes(file.read_bytes()[:40])
     for name in ("summary.json", "model.safetensors"):
         (tmp_path / "quickstart" / name).unlink()
-    code, _, err = finish(asp_dist(*train(tmp_path, digits, *words)))
-    assert code in (1, 2) and "checkpoint" in err and "Traceback" not in err, err
+    assert main(train(tmp_path, digits, *words)) in (1, 2)
+    err = capsys.readouterr().err
+    assert "checkpoint" in err and "Traceback" not in err, err

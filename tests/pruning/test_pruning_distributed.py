@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from pruning_helpers import CASES, Recorded, published_sgd, small_batch
+from ranks import on_ranks
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 from asp_dist.pruning import Budget, Power, Pruner, Ramp, SparsityLoss, Track
@@ -121,23 +119,19 @@ def shard(network: nn.Module) -> nn.Module:
     return network
 
 
-def work(rank: int, folder: str, job: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
+def work(job: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    dist.init_process_group("gloo")
     try:
-        torch.save(job(rank, *arguments), f"{folder}/{rank}.pt")
+        result = job(dist.get_rank(), *arguments)
         dist.barrier()
+        return result
     finally:
         dist.destroy_process_group()
 
 
-def on_two_ranks(folder: Path, job: Callable[..., Any], *arguments: Any) -> list[Any]:
+def on_two_ranks(job: Callable[..., Any], *arguments: Any) -> list[Any]:
     """What `job` returns on each of two ranks."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setenv("GLOO_SOCKET_IFNAME", os.environ.get("GLOO_SOCKET_IFNAME", "lo"))
-        spawn(work, args=(str(folder), job, arguments), nprocs=WORLD)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]
+    return on_ranks(work, job, arguments, ranks=WORLD)
 
 
 def assert_same(one: Any, two: Any, path: str = "") -> None:
@@ -183,8 +177,8 @@ def alone() -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
-def test_two_processes_equal_one(wrapper: str, alone: dict[str, Any], tmp_path: Path) -> None:
-    for rank_results in on_two_ranks(tmp_path, train_all, wrapper):
+def test_two_processes_equal_one(wrapper: str, alone: dict[str, Any]) -> None:
+    for rank_results in on_two_ranks(train_all, wrapper):
         assert_same(alone, rank_results)
     for name, found in alone.items():  # And what they agree on is the exact budget.
         counted = sum(int((found["weights"][f"{layer}.weight"] != 0).sum()) for layer in found["pruner"]["dense"])
@@ -220,9 +214,9 @@ def count_reduces(rank: int) -> dict[str, tuple[list[int], int]]:
     return results
 
 
-def test_one_all_reduce_per_step(tmp_path: Path) -> None:
+def test_one_all_reduce_per_step() -> None:
     """Of four numbers for each of the four layers, whatever their size."""
-    for results in on_two_ranks(tmp_path, count_reduces):
+    for results in on_two_ranks(count_reduces):
         assert results == {"ddp": ([16] * 12, 12), "fsdp2": ([16] * 12, 12)}
 
 
@@ -251,8 +245,8 @@ def train_nested(rank: int) -> list[int]:
     return found
 
 
-def test_an_optimizer_that_calls_its_base_class_takes_one_step(tmp_path: Path) -> None:
-    assert on_two_ranks(tmp_path, train_nested) == [[STEPS, STEPS]] * 2
+def test_an_optimizer_that_calls_its_base_class_takes_one_step() -> None:
+    assert on_two_ranks(train_nested) == [[STEPS, STEPS]] * 2
 
 
 def disagree(rank: int) -> dict[str, str]:
@@ -280,8 +274,8 @@ def disagree(rank: int) -> dict[str, str]:
     return messages
 
 
-def test_ranks_that_differ_stop_with_the_layers_name(tmp_path: Path) -> None:
-    for messages in on_two_ranks(tmp_path, disagree):
+def test_ranks_that_differ_stop_with_the_layers_name() -> None:
+    for messages in on_two_ranks(disagree):
         assert messages == {
             "weights": "ranks disagree: layer '9' has different weights after step 10",
             "thresholds": "ranks disagree: layer '9' has different thresholds after step 10",
@@ -323,9 +317,8 @@ def resume(name: str, state: dict[str, Any]) -> Run:
     return run
 
 
-def test_a_sharded_state_loads_in_one_process_and_back(tmp_path: Path) -> None:
-    (tmp_path / "back").mkdir()
-    states, of_rank_1 = on_two_ranks(tmp_path, save_half)
+def test_a_sharded_state_loads_in_one_process_and_back() -> None:
+    states, of_rank_1 = on_two_ranks(save_half)
     assert_same(states, of_rank_1)
     expected, back = [], []
     for (name, at), state in zip(SAVED, states):
@@ -343,5 +336,5 @@ def test_a_sharded_state_loads_in_one_process_and_back(tmp_path: Path) -> None:
         back.append(fresh.result())
         fresh.train(at, at + 1)
         expected.append(fresh.result())
-    for continued in on_two_ranks(tmp_path / "back", continue_half, back):
+    for continued in on_two_ranks(continue_half, back):
         assert_same(expected, continued)

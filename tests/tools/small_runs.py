@@ -1,16 +1,12 @@
-"""Runs small enough for tests, and processes that torchrun starts."""
+"""Runs small enough for tests, and hooks that stop them."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
-
-from waiting import HANG_S
 
 from asp_dist.config import (
     AugmentConfig,
@@ -101,12 +97,3 @@ class SignalAt(SignalHooks):
         if self.left == 0:
             os.kill(os.getpid(), self.number)
         return super().stop_requested()
-
-
-def torchrun(script: Path, *arguments: str, ranks: int = 2, timeout_s: float = HANG_S) -> subprocess.CompletedProcess[str]:
-    """Run `script` on `ranks` processes of torchrun, one thread each."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", str(script)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
-    return subprocess.run(
-        [*command, *arguments], env=environment, capture_output=True, text=True, timeout=timeout_s, check=False
-    )

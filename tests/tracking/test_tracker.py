@@ -320,7 +320,7 @@ def test_server_that_hangs_after_the_first_question_goes_offline(tmp_path: Path,
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     with server(200, json.dumps({"data": {"viewer": {"id": "me"}}}).encode(), seconds=60, at_once=1) as url:
         monkeypatch.setenv("WANDB_BASE_URL", url)
-        start_without_a_server(tmp_path, "did not take the run", Config(tracking=TrackingConfig(timeout_s=4)))
+        start_without_a_server(tmp_path, "did not accept the run", Config(tracking=TrackingConfig(timeout_s=4)))
 
 
 def test_online_without_a_server_is_an_error(tmp_path: Path) -> None:

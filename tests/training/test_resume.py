@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from ranks import on_ranks, start
 from safetensors.torch import load_file
-from small_runs import SignalAt, StopAt, digits_config, small_config, torchrun, with_changes
+from small_runs import SignalAt, StopAt, digits_config, small_config, with_changes
 
 from asp_dist.checkpoint.format import read_checkpoint
 from asp_dist.checkpoint.record import run_dir
@@ -25,7 +23,7 @@ from asp_dist.errors import UserError
 from asp_dist.tracking import read_rows
 from asp_dist.training.hooks import Stopped
 from asp_dist.training.trainer import train
-from asp_dist.training.world import World
+from asp_dist.training.world import World, init_world
 
 
 @pytest.fixture(scope="module")
@@ -154,85 +152,57 @@ def test_dense_and_sgd_free_optimizers_resume_too(tmp_path: Path, digits: Path) 
     assert_same_run(run_dir(whole), run_dir(parts))
 
 
-KILLED = """
-import sys
-from pathlib import Path
-import torch
-from small_runs import digits_config
-from asp_dist.training.trainer import train
-from asp_dist.training.world import World
-
-torch.set_num_threads(1)
-train(digits_config(Path(sys.argv[1]), Path(sys.argv[2]), "killed", output__checkpoint_steps=2), World())
-"""
+def train_with_many_checkpoints(folder: Path, digits: Path) -> None:
+    train(digits_config(folder, digits, "killed", output__checkpoint_steps=2), World())
 
 
 @pytest.mark.slow
 def test_killed_at_any_moment(tmp_path: Path, digits: Path, whole: Path) -> None:
     """SIGKILL, at random moments of a run that saves every second step: the bits of the uninterrupted run, nothing left."""
-    script = tmp_path / "script.py"
-    script.write_text(KILLED)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1] / "tools")}
     folder, moments, kills = tmp_path / "killed", random.Random(5), 0
     while not (folder / "summary.json").exists():
-        process = subprocess.Popen([sys.executable, str(script), str(tmp_path), str(digits)], env=environment)
+        process, _ = start(train_with_many_checkpoints, tmp_path, digits)
         before = LocalStore(folder / "checkpoints").names()[-1:]
-        while process.poll() is None and kills < 2:
+        while process.is_alive() and kills < 2:
             if LocalStore(folder / "checkpoints").names()[-1:] != before:  # it trains
                 time.sleep(moments.random())
                 process.kill()
                 kills += 1
                 break
             time.sleep(0.02)
-        code = process.wait()
-        assert code in (0, -signal.SIGKILL)
+        process.join()
+        assert process.exitcode in (0, -signal.SIGKILL)
     assert kills == 2
     assert_same_run(whole, folder)
     assert len(list((folder / "checkpoints").iterdir())) <= 3 and not list(folder.glob("checkpoints/.*"))
 
 
-SCRIPT = """
-import sys
-from pathlib import Path
-import torch
-from small_runs import SignalAt, digits_config
-from asp_dist.training.hooks import Hooks, Stopped
-from asp_dist.training.trainer import train
-from asp_dist.training.world import init_world
-
-torch.set_num_threads(1)
-folder, digits, name, stop = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
-world = init_world("cpu", 60)
-try:
-    # The signal reaches one rank only: all of them stop after the same step.
-    with SignalAt(stop if world.rank == world.world_size - 1 else 0) as hooks:
-        train(digits_config(folder, digits, name, schedule__epochs=2), world, hooks)
-except Stopped as stopped:
-    print(f"rank {world.rank} {stopped}")
-    world.close()
-    sys.exit(75)
-world.close()
-"""
+def train_until(folder: Path, digits: Path, name: str, stop: int) -> str:
+    """Train on one of the ranks; SIGTERM reaches the last one alone, in its step `stop`: all of them stop after the same."""
+    world = init_world("cpu", 60)
+    try:
+        with SignalAt(stop if world.rank == world.world_size - 1 else 0) as hooks:
+            train(digits_config(folder, digits, name, schedule__epochs=2), world, hooks)
+    except Stopped as stopped:
+        return f"rank {world.rank} {stopped}"
+    finally:
+        world.close()
+    return "done"
 
 
 @pytest.mark.slow
-def test_torchrun_stopped_and_started_again(tmp_path: Path, digits: Path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
+def test_ranks_stopped_and_started_again(tmp_path: Path, digits: Path) -> None:
+    def launch(name: str, stop: int, ranks: int = 2) -> list[str]:
+        return on_ranks(train_until, tmp_path, digits, name, stop, ranks=ranks)
 
-    def launch(name: str, stop: int, ranks: int = 2) -> str:
-        done = torchrun(script, str(tmp_path), str(digits), name, str(stop), ranks=ranks)
-        assert (done.returncode == 0) == (stop == 0), done.stderr
-        return done.stdout
-
-    launch("whole", 0)
-    said = launch("parts", 8)
-    assert all(f"rank {rank} stopped by SIGTERM after step 8" in said for rank in (0, 1))
-    launch("parts", 0)
+    assert launch("whole", 0) == ["done"] * 2
+    for rank, said in enumerate(launch("parts", 8)):
+        assert said.startswith(f"rank {rank} stopped by SIGTERM after step 8")
+    assert launch("parts", 0) == ["done"] * 2
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
     launch("fewer", 8)
-    launch("fewer", 0, ranks=1)
+    assert launch("fewer", 0, ranks=1) == ["done"]
     messages = [str(r["message"]) for r in read_rows(tmp_path / "fewer" / "metrics.jsonl") if r["kind"] == "event"]
     assert any("1 workers instead of 2" in m for m in messages)
     rows = [r["step"] for r in read_rows(tmp_path / "fewer" / "metrics.jsonl") if r["kind"] == "train"]

@@ -18,7 +18,7 @@ from asp_dist.data.samples import IndexArray, Samples
 
 
 class PipelineRun:
-    """A DALI pipeline run for exactly `batches` batches: none is worked ahead that nobody takes.
+    """A DALI pipeline run for exactly `batches` batches: nothing is prefetched that nobody consumes.
 
     Args:
         pipeline: a built DALI pipeline whose outputs are images and positions.

@@ -47,5 +47,5 @@ def scan_folder(root: Path, name: str, classes: tuple[str, ...]) -> Samples:
         labels += [index[folder]] * len(files)
     check(bool(names), f"data: no image under {split}: expected CLASS/*.jpg or another of {sorted(EXTENSIONS)}")
     for file in names:
-        check("\n" not in file, f"data: the file name {file!r} under {root} holds a line break: rename it")
+        check("\n" not in file, f"data: the file name {file!r} under {root} contains a line break: rename it")
     return Samples(root, Names.of(names), np.asarray(labels, dtype=np.int64))

@@ -86,7 +86,7 @@ def write_manifest(samples: Samples, path: Path, *, keep: IndexArray | None = No
     prefix = b"" if prefix == b"." else prefix + b"/"
     names = samples.names.take(indices)
     for name in names:
-        check(b"\n" not in name, f"data: the file name {os.fsdecode(name)!r} holds a line break: rename it")
+        check(b"\n" not in name, f"data: the file name {os.fsdecode(name)!r} contains a line break: rename it")
     lines = [b"%b%b\t%d\n" % (prefix, name, label) for name, label in zip(names, samples.labels[indices].tolist())]
     write_bytes(path, b"".join(lines), durable=False)
 

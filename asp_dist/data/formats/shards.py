@@ -1,6 +1,6 @@
-"""WebDataset shards: tar files of ``KEY.jpg`` and ``KEY.cls`` pairs, with an index beside each (DALI's format v1.2).
+"""WebDataset shards: tar files of ``KEY.jpg`` and ``KEY.cls`` pairs, with an index next to each (DALI's format v1.2).
 
-A shard's samples are read together, so a batch mixes what a shard holds: `write_shards` shuffles the data set first.
+A shard's samples are read together, so a batch mixes the images of few shards: `write_shards` shuffles the data set first.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def read_shards(root: Path, split: str, num_classes: int | None = None) -> Sampl
     top = int(samples.labels.max())
     check(
         num_classes is None or top < num_classes,
-        f"data: the shards of {root / split} hold class {top}, but there are {num_classes} classes",
+        f"data: the shards of {root / split} contain class {top}, but there are {num_classes} classes",
     )
     return samples
 
@@ -60,7 +60,7 @@ def walk_shard(path: Path) -> list[Member]:
     """The images of one shard with their labels, in the order of the tar file.
 
     Raises:
-        UserError: the tar file is broken, an image has no ``.cls``, or it is no class index.
+        UserError: the tar file is broken, an image has no ``.cls``, or that is not a class index.
     """
     images: dict[str, tuple[str, int, int]] = {}
     labels: dict[str, int] = {}
@@ -82,7 +82,7 @@ def walk_shard(path: Path) -> list[Member]:
 
 def _collect(root: Path, shards: tuple[str, ...], walked: list[list[Member]]) -> Samples:
     members = [member for shard in walked for member in shard]
-    check(bool(members), f"data: the shards under {root} hold no image")
+    check(bool(members), f"data: the shards under {root} contain no image")
     return Samples(
         root,
         Names.of(m[0] for m in members),
@@ -124,7 +124,7 @@ def write_table(samples: Samples, table: Path) -> None:
 
 
 def index_lines(members: Iterable[tuple[int, int, str]]) -> bytes:
-    """DALI's index of (offset, size, name) triples; the component is called ``img`` whatever the image's format."""
+    """DALI's index of (offset, size, name) triples; the component is called ``img`` for every image format."""
     lines = [f"img {offset} {size} {name}\n" for offset, size, name in members]
     return f"v1.2 {len(lines)}\n".encode() + "".join(lines).encode()
 
@@ -137,7 +137,7 @@ def write_shards(
     per_shard: int = 5000,
     advance: Callable[[int], None] = lambda n: None,
 ) -> tuple[str, ...]:
-    """Write `samples` in shuffled order as ``SPLIT-NNNNNN.tar`` with indices; whole shards that stand are kept.
+    """Write `samples` in shuffled order as ``SPLIT-NNNNNN.tar`` with indices; complete shards that exist are kept.
 
     Args:
         samples: any samples; their order in the shards is a function of their number alone.

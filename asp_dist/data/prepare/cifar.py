@@ -72,7 +72,7 @@ def read_source(dataset: str, source: Path) -> dict[str, dict[bytes, Any]]:
                     return {name: _read(tar.extractfile(f"{folder}/{name}")) for name in wanted}  # type: ignore[arg-type]
     except (OSError, KeyError, tarfile.TarError, pickle.UnpicklingError, EOFError) as error:
         raise UserError(f"--source {place}: cannot be read as {dataset} ({error}): fetch {URL}{archive} again") from error
-    raise UserError(f"--source {source}: holds neither {archive} nor {folder}/: fetch {URL}{archive} into it")
+    raise UserError(f"--source {source}: contains neither {archive} nor {folder}/: download {URL}{archive} into it")
 
 
 def prepare_cifar(
@@ -81,7 +81,7 @@ def prepare_cifar(
     source: Path,
     progress: Callable[[str, int], AbstractContextManager[Callable[[int], None]]],
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Write ``train/CLASS/NNNNN.png`` and ``val/CLASS/NNNNN.png`` under `target`; files that stand are kept.
+    """Write ``train/CLASS/NNNNN.png`` and ``val/CLASS/NNNNN.png`` under `target`; existing files are kept.
 
     Args:
         dataset: ``cifar10`` or ``cifar100``.

@@ -22,10 +22,10 @@ def prepare_digits(target: str | Path) -> Path:
 
     The split is fixed and stratified: of each class, a fifth is for validation (1,438 and 359 images). An 8 x 8 image
     becomes 24 x 24, bicubic, within a black border, so that a center crop loses no stroke. Nothing is done where
-    the data set stands already; it appears whole or not at all.
+    the data set exists already. It appears complete or not at all.
 
     Raises:
-        UserError: `target` holds something else.
+        UserError: `target` contains something else.
     """
     target = Path(target)
     if (target / "classes.tsv").is_file():

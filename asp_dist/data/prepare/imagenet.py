@@ -106,8 +106,8 @@ def open_archives(source: Path) -> Archives:
     synsets = tuple(sorted(named))
     index = {synset: i for i, synset in enumerate(synsets)}
     unknown = sorted({name.split("/")[0] for name, _, _ in train} - set(synsets))
-    check(not unknown, f"--source {source}: {TRAIN} holds {unknown[:3]}, which {DEVKIT} does not know")
-    check(len(val) == len(truth), f"--source {source}: {VAL} holds {len(val)} images, {DEVKIT} labels {len(truth)}")
+    check(not unknown, f"--source {source}: {TRAIN} contains {unknown[:3]}, which {DEVKIT} does not list")
+    check(len(val) == len(truth), f"--source {source}: {VAL} contains {len(val)} images, {DEVKIT} labels {len(truth)}")
     val_labels = [index[synset_of[label]] for label in truth]
     val_names = [f"{synsets[label]}/{name}" for (name, _, _), label in zip(val, val_labels)]
     return Archives(

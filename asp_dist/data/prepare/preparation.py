@@ -34,12 +34,12 @@ def prepare(
     per_shard: int = 5000,
     progress: bool = True,
 ) -> DataInfo:
-    """Write a data set to `target`, or go on where an interrupted call stopped; return what it holds.
+    """Write a data set to `target`, or finish what an interrupted call began; returns its contents.
 
     Args:
         dataset: ``digits`` (embedded), ``cifar10`` and ``cifar100`` (from torchvision's files in `source`), ``imagenet``
             (from the three official archives in `source`), ``manifest`` (of the image folder `source`, into `target`;
-            without `source`, beside the images of `target`), ``shards`` (of the data set `source`).
+            without `source`, next to the images of `target`), ``shards`` (of the data set `source`).
         target: folder to write to.
         source: where the data comes from.
         layout: ``folder`` or ``shards``, for ``imagenet``.
@@ -47,7 +47,7 @@ def prepare(
         progress: show a progress bar.
 
     Raises:
-        UserError: no or a wrong `source`; a `target` that holds something else.
+        UserError: no or a wrong `source`; a `target` that contains something else.
     """
     target = Path(target)
     bar = functools.partial(progress_bar, enabled=progress)
@@ -92,7 +92,7 @@ def _prepare_manifest(source: Path, target: Path) -> None:
 
 
 def write_folder(samples: Samples, folder: Path, advance: Callable[[int], None]) -> None:
-    """Write every sample under its own name; files that stand with the right size are kept.
+    """Write every sample under its own name; existing files of the right size are kept.
 
     Args:
         samples: samples from inside archives, named ``CLASS/FILE``.

@@ -82,7 +82,7 @@ class Controller(ABC):
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Whatever `move` depends on and changes: plain types and tensors."""
+        """Everything that `move` depends on and changes: plain types and tensors."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027 (a controller without state needs none)

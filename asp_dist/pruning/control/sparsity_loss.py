@@ -16,7 +16,7 @@ from asp_dist.pruning.options import SparsityLoss
 
 # The published learning rate of the thresholds, in units of the optimizer's.
 PUBLISHED_LR_RATIO = 0.01
-# Far out in the tail the density's slope is next to nothing. Bounded, so that a layer can come back from there.
+# Far out in the tail the density's slope is nearly zero. Bounded, so that a layer can recover.
 LEAST_SLOPE = 1e-4
 # The largest share of the cost that the integral of the gap may add to it.
 MAX_INTEGRAL = 0.1
@@ -62,7 +62,7 @@ class SparsityLossController(Controller):
     With `threshold_lr` given, or a constant target, the update is the published one: v ← m·v + ∇, r ← r − lr·v.
 
     Otherwise the rate is derived at every step, so that the sparsity loss closes the share `closing` of the gap to the ramped
-    target per step, whatever λ and the length of the run: thresholds move by −η·(∇task_l/s_l + λ·∇sparsity_l/s_l), with
+    target per step, for any λ and any length of the run: thresholds move by −η·(∇task_l/s_l + λ·∇sparsity_l/s_l), with
     s_l the layer's share of the cost (both gradients grow with it) and η = closing / (2λ·Σ s_l·d'_l²). The task's part of a
     move is bounded by `max_task_move`.
 
@@ -146,7 +146,7 @@ class SparsityLossController(Controller):
         for budget, target, integral in zip(self.problem.budgets, targets, self.integrals):
             gap = budget.density(densities) - target
             if self.options.multiplier:
-                # Behind a moving target there is always a gap; summed up, it would carry the density past the target.
+                # The density always lags a moving target; the sum of that gap would carry it past the target.
                 if arrived:
                     integral += self.integral_gain * gap
                     integral.clamp_(-MAX_INTEGRAL, MAX_INTEGRAL)

@@ -19,12 +19,12 @@ MAX_ALPHA = 1.5
 SIGNAL_MOMENTUM = 0.9
 # A layer's step of the allocation is bounded at so many standard deviations over the layers.
 MAX_DEVIATIONS = 3.0
-# Layers less dense than so many times their floor have nothing to give, and are left alone.
+# Layers less dense than this many times their floor cannot give weights away; they are left alone.
 FLOOR_MARGIN = 1.05
 # How fast the penalty of a further budget grows with its excess, and its bound, as a factor exp(6) on the thresholds.
 PENALTY_GAIN = 0.5
 MAX_PENALTY = 6.0
-# A threshold moves no further than this between two counts of its layer (in units of σ), beside what the schedule asks for.
+# A threshold moves no further than this between two counts of its layer (in units of σ), besides what the schedule asks for.
 MAX_MOVE = NEARBY - 1.0
 # What the schedule may ask for: so many times what it asks of normal weights.
 SCHEDULE_MARGIN = 2.0
@@ -95,7 +95,7 @@ class TrackController(Controller):
     def move(self, thresholds: Tensor, stats: StepStats) -> Tensor:
         products = torch.nan_to_num(stats.pruned_products, nan=0.0, posinf=0.0, neginf=0.0)
         self.signal = SIGNAL_MOMENTUM * self.signal - (1.0 - SIGNAL_MOMENTUM) * products
-        # The first steps' rate may be a warm-up's, which is no measure of anything.
+        # The first steps' rate may be a warm-up's, which says nothing about the schedule.
         self.peak_lr = torch.stack([self.peak_lr, stats.lr, stats.base_lr]).amax(dim=0)
         if self.options.rate and self.problem.ramp.share(stats.step) > 0:
             self._learn(thresholds, self.options.rate * stats.lr / self.peak_lr.clamp_min(1e-30))

@@ -31,7 +31,7 @@ def charts(rows: list[LayerRow], history: LayerHistory) -> dict[str, Any]:
     """One table, one histogram, one heat map and one line chart.
 
     Args:
-        rows: the layers now, unpruned ones included (they stand in the table alone).
+        rows: the layers now, unpruned ones included (which are only in the table).
         history: the pruned layers over the evaluations so far.
     """
     import plotly.graph_objects as go

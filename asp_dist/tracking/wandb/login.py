@@ -57,7 +57,7 @@ def configured_server() -> str | None:
     try:
         settings.read([Path(folder).expanduser() / "settings", Path("wandb") / "settings"])
     except (configparser.Error, UnicodeDecodeError):
-        return None  # wandb takes a broken file for an empty one
+        return None  # wandb treats a broken file as an empty one
     return settings.get("default", "base_url", fallback=None)
 
 
@@ -76,7 +76,7 @@ def _ask(base_url: str, key: str | None, timeout: float) -> str:
         if error.code in (401, 403):
             return "" if key is None else f"the wandb server {base_url} refused the API key"
         return f"the wandb server {base_url} answered with HTTP {error.code}"
-    except Exception as error:  # whatever the network or a foreign server comes up with
+    except Exception as error:  # whatever the network or a foreign server may answer
         return f"the wandb server {base_url} cannot be reached ({getattr(error, 'reason', error)})"
 
 

@@ -69,7 +69,7 @@ def run_files(run_dir: Path, run_id: str) -> list[Path]:
 
 
 def last_steps(run_dir: Path, run_id: str) -> dict[str, int]:
-    """The last optimizer step that the run's files hold, of each kind of row (``train``, ``eval``, ``layers``)."""
+    """The last optimizer step in the run's files, of each kind of row (``train``, ``eval``, ``layers``)."""
     last: dict[str, int] = {}
     for path in run_files(run_dir, run_id):
         for row in history(path):

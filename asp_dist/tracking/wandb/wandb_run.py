@@ -62,7 +62,7 @@ class WandbRun:
         self._log(row["step"], {key: value for key, value in scalars.items() if key in self._scalars})
 
     def log_layers(self, step: int, rows: list[LayerRow], history: LayerHistory) -> None:
-        """Log one table, one histogram, one heat map and one line chart of the layers, whatever their number."""
+        """Log one table, one histogram, one heat map and one line chart of the layers, however many there are."""
         if step > self._last_steps.get("layers", -1):
             self._log(step, layer_charts.charts(rows, history))
 
@@ -146,7 +146,7 @@ def start(config: Config, run_dir: Path) -> WandbRun | None:
             run = _init(config, run_dir, "online", left)
         except Exception as error:  # no answer, or wandb's own process died of the answer
             wandb.teardown()  # else the id counts as in use
-            mode = Mode("offline", f"the wandb server {base_url} did not take the run: {str(error) or type(error).__name__}")
+            mode = Mode("offline", f"the wandb server {base_url} did not accept the run: {str(error) or type(error).__name__}")
     if mode.name == "offline":
         run = _init(config, run_dir, "offline", 30.0)
     known = transaction_log.last_steps(run_dir, run.id)

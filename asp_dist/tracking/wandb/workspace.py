@@ -42,9 +42,9 @@ class Chart:
     log: bool = False
 
 
-# What a user looks at first stands first. The keys are those of the rows that the trainer logs.
+# What a user looks at first comes first. The keys are those of the rows that the trainer logs.
 SECTIONS: dict[str, tuple[Chart, ...]] = {
-    "Does the budget hold, and what does it cost?": (
+    "Is the budget met, and what does it cost?": (
         Chart("Top-1", (VAL_TOP1, VAL_EMA_TOP1)),
         Chart("Sparsity", (MEASURED_SPARSITY, PREDICTED_SPARSITY, TARGET_SPARSITY)),
         Chart("Loss", (TRAIN_LOSS, VAL_LOSS)),
