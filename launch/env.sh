@@ -56,7 +56,7 @@ make_env() {
     fi
     echo "Installing asp_dist${extras:+ with [$extras]} and its pinned packages into .venv (several GB the first time)"
     rm -f .venv/.asp-dist
-    .venv/bin/python -m pip install -qq --disable-pip-version-check --constraint launch/constraints.txt \
+    .venv/bin/python -m pip install -qq --no-compile --disable-pip-version-check --constraint launch/constraints.txt \
         --editable ".${extras:+[$extras]}" || { env_error "pip could not install the packages; see above"; return; }
     printf '%s\n%s\n' "$fingerprint" "$extras" >.venv/.asp-dist
 }

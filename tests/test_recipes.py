@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from recipes import CONFIGS, RECIPES, load
 from safetensors.torch import load_file
 
 from asp_dist import cli
@@ -23,19 +24,7 @@ from asp_dist.training import checkpointing
 from asp_dist.training.trainer import train
 from asp_dist.training.world import World
 
-CONFIGS = Path(__file__).parents[1] / "configs"
-RECIPES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 SIZES = {"alexnet": 64}  # image sides that the network needs; 32 does for the others
-
-
-parser = functools.cache(cli.build_parser)
-
-
-def load(recipe: str, *overrides: str) -> Config:
-    """The configuration that ``asp-dist train configs/RECIPE.yaml OVERRIDES`` runs."""
-    arguments = cli._with_config_option(["train", str(CONFIGS / f"{recipe}.yaml"), *overrides])
-    cli.check_fields(arguments)
-    return cli.to_config(parser().parse_args(arguments))
 
 
 @functools.cache

@@ -12,6 +12,7 @@ COST_SPARSITY: Final = "sparsity/cost"
 SPARSITY_LOSS: Final = "sparsity/loss"
 BYTES: Final = "cost/bytes"
 MACS_DENSITY: Final = "cost/macs_density"
+ALLOCATION_AT_BOUNDS: Final = "sparsity/at_bounds"  # share of the layers
 THRESHOLD_LR: Final = "train/threshold_lr"
 
 

@@ -58,6 +58,12 @@ def check_optimizer(name: str) -> None:
         raise UserError(f"optimizer.name = {name!r} is not in timm; did you mean {' or '.join(close)}?")
 
 
+def scales_with_root(name: str) -> bool:
+    """Whether the optimizer normalizes its steps, so that its rate follows the square root of the batch."""
+    info = get_optimizer_info(name)
+    return info.has_eps or info.has_betas
+
+
 def _betas(kind: Any, first: float) -> dict[str, Any]:
     """`betas` with the first one replaced, the others as the optimizer's class has them."""
     parameter = inspect.signature(kind).parameters.get("betas")

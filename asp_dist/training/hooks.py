@@ -7,7 +7,10 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from asp_dist.training.run import Run
 
 
 class Stopped(RuntimeError):  # noqa: N818
@@ -38,6 +41,9 @@ class Hooks:
         One rank's request stops all of them after the same step.
         """
         return None
+
+    def after_step(self, run: Run) -> None:
+        """Called on every rank after each optimizer step."""
 
     def finished(self, run_dir: Path) -> None:
         """Called on rank 0 once a finished run's files are in `run_dir`, before they go to the storage."""

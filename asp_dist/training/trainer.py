@@ -97,6 +97,7 @@ def train_epoch(run: Run, epoch: int) -> None:
         run.meter.step_done(time.perf_counter() - start)
         if run.step % config.training.log_every == 0 or run.step == run.end_of(epoch):
             log_step(run)
+        run.hooks.after_step(run)
         if decision.stop:
             raise Stopped(decision.stop, run.step)
         if decision.save and run.step < run.end_of(epoch):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from asp_dist.pruning.control.controller import Controller, Problem, StepStats
 from asp_dist.pruning.density import NEARBY, threshold_for_density
+from asp_dist.pruning.names import ALLOCATION_AT_BOUNDS
 from asp_dist.pruning.options import Track
 
 # Bound on the allocation: no threshold is more than 4.5 times, or less than a 4.5th of, what the start gives it.
@@ -178,6 +179,9 @@ class TrackController(Controller):
             return
         step = (away / scale).clamp(-MAX_DEVIATIONS, MAX_DEVIATIONS)
         self.alpha = (self.alpha - rate * step).clamp(-MAX_ALPHA, MAX_ALPHA)
+
+    def metrics(self, thresholds: Tensor, lr: Tensor, step: int) -> dict[str, float]:
+        return {ALLOCATION_AT_BOUNDS: float((self.alpha.abs() >= MAX_ALPHA).double().mean())}
 
     def state_dict(self) -> dict[str, Any]:
         return {
