@@ -39,6 +39,8 @@ def print_plan(plan: Estimate, file: IO[str] | None = None) -> None:
         console.print(_scaling(plan))
     for text in plan.assumptions:
         line("assumed", text)
+    if "prunable_weights" in totals:
+        line("next", "asp-dist rehearse with the same arguments: the whole schedule in a few hundred small steps")
 
 
 def _parts(values: dict[str, float], unit: float, name: str) -> str:

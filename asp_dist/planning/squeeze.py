@@ -9,15 +9,17 @@ from pathlib import Path
 
 import timm
 
-from asp_dist.config import Config, ScheduleConfig
+from asp_dist.config import Config, PruningConfig, ScheduleConfig
 from asp_dist.data import prepare_digits
 from asp_dist.errors import check
 from asp_dist.planning.estimate import DATA_SETS
+from asp_dist.pruning.control.sparsity_loss import PUBLISHED_LR_RATIO
 from asp_dist.training.build import scales_with_root
 
 EPOCHS = 10  # of a rehearsal, unless the recipe has fewer
 CLASSES = 10
 VALIDATION_IMAGES = 100
+MAX_THRESHOLD_LR = 0.1  # above it, the thresholds swing about the target
 
 
 def squeeze(config: Config, folder: Path, *, steps: int, batch_size: int, input_size: int) -> tuple[Config, list[str]]:
@@ -75,6 +77,7 @@ def squeeze(config: Config, folder: Path, *, steps: int, batch_size: int, input_
             log_every=1,
             max_steps=None,
         ),
+        pruning=_squeezed_pruning(config, steps),
         cluster=replace(config.cluster, mode="local"),
         tracking=replace(config.tracking, wandb="disabled"),
         output=replace(config.output, dir=str(folder), storage=None, checkpoint_epochs=epochs, checkpoint_minutes=None, keep=3),
@@ -84,6 +87,8 @@ def squeeze(config: Config, folder: Path, *, steps: int, batch_size: int, input_
         f"schedule: {epochs} of {config.schedule.epochs} epochs, {epochs * per_epoch} steps of {batch_size} images",
         f"optimizer.lr: {lr:.4g} for {config.optimizer.lr:g}, as the batch is {batch_size} for {config.data.batch_size}",
     ]
+    if squeezed.pruning != config.pruning:
+        changes.append(f"pruning.loss.threshold_lr: {squeezed.pruning.loss.threshold_lr:.4g}, to move as far in fewer steps")
     if squeezed.training.ema_decay != config.training.ema_decay:
         changes.append(f"training.ema_decay: {squeezed.training.ema_decay:.4g} for {config.training.ema_decay}")
     if config.model.pretrained and not config.model.weights:
@@ -110,11 +115,27 @@ def _squeezed_decay(config: Config, steps: int) -> float | None:
     decay = config.training.ema_decay
     if decay is None:
         return None
+    return 1.0 - min(0.5, (1.0 - decay) * max(1.0, _full_steps(config) / steps))
+
+
+def _squeezed_pruning(config: Config, steps: int) -> PruningConfig:
+    """The published update moves thresholds by a rate of its own, whatever the length of the run: it is raised with the speed.
+
+    Its other forms derive the rate from the run.
+    """
+    pruning, loss = config.pruning, config.pruning.loss
+    if pruning.control != "loss" or (loss.threshold_lr is None and pruning.ramp.shape != "constant"):
+        return pruning
+    mean = loss.threshold_lr or PUBLISHED_LR_RATIO * config.optimizer.lr / 2  # half the peak, as under a cosine
+    rate = min(mean * max(1.0, _full_steps(config) / steps), MAX_THRESHOLD_LR)
+    return replace(pruning, loss=replace(loss, threshold_lr=rate))
+
+
+def _full_steps(config: Config) -> float:
+    """Optimizer steps of the recipe, on the data set that the network's number of classes suggests."""
     default = timm.get_pretrained_cfg(config.model.name, allow_unregistered=True)
     classes = default.num_classes if default is not None and default.num_classes in DATA_SETS else 1000
-    images = DATA_SETS[classes][1]
-    full = config.schedule.epochs * images / config.data.batch_size
-    return 1.0 - min(0.5, (1.0 - decay) * max(1.0, full / steps))
+    return config.schedule.epochs * DATA_SETS[classes][1] / config.data.batch_size
 
 
 def _scaled_sizes(config: Config, input_size: int) -> tuple[int, ...]:

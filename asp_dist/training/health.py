@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from asp_dist.pruning.names import LayerRow
+from asp_dist.pruning.names import ALLOCATION_AT_BOUNDS, LayerRow
 from asp_dist.tracking.schema import EVENT
 from asp_dist.training.hooks import Stopped
 
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 # The reasons to stop, as numbers that ranks can exchange; others arrive as "request".
 REASONS = ("request", "SIGTERM", "SIGINT", "preemption")
+
+# Share of the layers that may have their allocation at its bound.
+MOST_AT_BOUNDS = 0.5
 
 
 class BadNumbers(ArithmeticError):  # noqa: N818
@@ -102,6 +105,14 @@ def check_layers(run: Run, rows: list[LayerRow]) -> None:
             f"{run.frozen_sparsity[name]:.6f} to {pruned[name]:.6f}): something writes weights that are pruned"
         )
     run.frozen_sparsity = pruned
+
+
+def check_allocation(run: Run, metrics: dict[str, float]) -> None:
+    """Warn where most layers' learned allocation is at its bound: it no longer follows the task."""
+    share = metrics.get(ALLOCATION_AT_BOUNDS, 0.0)
+    if share > MOST_AT_BOUNDS:
+        text = f"that of {share:.0%} of the layers, and follows the task no longer; lower pruning.track.rate"
+        run.tracker.alert("Allocation at its bounds", text)
 
 
 def skip_step(run: Run, *, bad_loss: bool) -> None:

@@ -60,6 +60,7 @@ def validate(run: Run) -> bool:
             add_to_rows(rows, measure_layers(run))
         run.tracker.log_layers(run.step, rows)
         health.check_layers(run, rows)
+        health.check_allocation(run, numbers)
     run.tracker.log(run.step, {"kind": EVAL, "epoch": run.step / run.steps_per_epoch, **run.results, **numbers})
     score = max(run.results[VAL_TOP1], run.results.get(VAL_EMA_TOP1, 0.0))
     at_budget = run.pruner is None or run.pruner.frozen
