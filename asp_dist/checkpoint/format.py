@@ -206,6 +206,8 @@ def flatten_state(tree: Any, tensors: dict[str, torch.Tensor], prefix: str = "")
     if isinstance(tree, list | tuple):
         values = [flatten_state(value, tensors, f"{prefix}.{i}".strip(".")) for i, value in enumerate(tree)]
         return {"__tuple__": values} if isinstance(tree, tuple) else values
+    if isinstance(tree, torch.dtype):
+        return {"__dtype__": str(tree).removeprefix("torch.")}
     if isinstance(tree, np.generic):
         return tree.item()
     if isinstance(tree, PLAIN):
@@ -225,6 +227,8 @@ def unflatten_state(plain: Any, tensors: dict[str, torch.Tensor]) -> Any:
         return tensor.contiguous(memory_format=torch.channels_last) if plain.get("channels_last") else tensor
     if "__tuple__" in plain:
         return tuple(unflatten_state(value, tensors) for value in plain["__tuple__"])
+    if "__dtype__" in plain:
+        return getattr(torch, plain["__dtype__"])
     if "__items__" in plain:
         return {key: unflatten_state(value, tensors) for key, value in plain["__items__"]}
     return {key: unflatten_state(value, tensors) for key, value in plain.items()}

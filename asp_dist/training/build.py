@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib.util
 import inspect
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from timm.data import Mixup
 from timm.layers import convert_sync_batchnorm
 from timm.loss import SoftTargetCrossEntropy
-from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
+from timm.optim import OptimInfo, create_optimizer_v2, get_optimizer_info, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -21,6 +22,8 @@ from asp_dist.errors import UserError
 from asp_dist.pruning import Pruner
 from asp_dist.training.world import World
 
+SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant")
+LOOKAHEAD = "lookahead_"  # prefix of an optimizer's name
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -28,11 +31,14 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Op
     """timm's optimizer of that name over `model`'s parameters; no weight decay on biases and norms.
 
     Raises:
-        UserError: timm has no such optimizer, or it does not accept an argument of ``optimizer.kwargs``.
+        UserError: timm has no such optimizer, it cannot be used here, or it does not accept an argument of
+            ``optimizer.kwargs``.
     """
     check_optimizer(config.name)
-    info = get_optimizer_info(config.name)
+    info = _optimizer_info(config.name)
     kwargs: dict[str, Any] = dict(config.kwargs)
+    if "deterministic" in inspect.signature(info.opt_class).parameters:
+        kwargs.setdefault("deterministic", True)  # Kron's draws would otherwise differ between ranks, and its weights with them
     if info.has_betas and not info.has_momentum and "betas" not in kwargs:
         kwargs.update(_betas(info.opt_class, config.momentum))
     try:
@@ -46,28 +52,41 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Op
         )
     except TypeError as error:
         raise UserError(f"optimizer.kwargs = {config.kwargs} does not fit {config.name}: {error}") from error
-    except ValueError as error:
+    except (ValueError, AssertionError) as error:
         raise UserError(f"optimizer {config.name!r} with {config}: {error}") from error
 
 
 def check_optimizer(name: str) -> None:
-    """Raise `UserError` unless timm has an optimizer called `name`."""
+    """Raise `UserError` unless timm has an optimizer called `name`, or ``lookahead_NAME``, that can be used here."""
     names = list_optimizers()
-    if name.lower() not in names:
+    if name.lower().removeprefix(LOOKAHEAD) not in names:
         close = difflib.get_close_matches(name, names, n=3) or names[:3]
         raise UserError(f"optimizer.name = {name!r} is not in timm; did you mean {' or '.join(close)}?")
+    info = _optimizer_info(name)
+    if info.second_order:
+        raise UserError(
+            f"optimizer.name = {name!r} needs second derivatives, which are not computed here: choose adamw or kron"
+        )
+    if isinstance(info.opt_class, str):  # of another package, by its path
+        package = info.opt_class.split(".")[0]
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"optimizer.name = {name!r} needs {package}, which is not installed")
+
+
+def _optimizer_info(name: str) -> OptimInfo:
+    return get_optimizer_info(name.lower().removeprefix(LOOKAHEAD))
 
 
 def scales_with_root(name: str) -> bool:
     """Whether the optimizer normalizes its steps, so that its rate follows the square root of the batch."""
-    info = get_optimizer_info(name)
+    info = _optimizer_info(name)
     return info.has_eps or info.has_betas
 
 
 def _betas(kind: Any, first: float) -> dict[str, Any]:
     """`betas` with the first one replaced, the others as the optimizer's class has them."""
     parameter = inspect.signature(kind).parameters.get("betas")
-    if parameter is None or parameter.default is inspect.Parameter.empty:
+    if parameter is None or parameter.default in (inspect.Parameter.empty, None):
         return {}
     return {"betas": (first, *parameter.default[1:])}
 
@@ -76,8 +95,10 @@ def build_scheduler(config: ScheduleConfig, optimizer: torch.optim.Optimizer, st
     """timm's scheduler, counted in optimizer steps: ``step_update(step)`` before each step sets the rate of `step`.
 
     Raises:
-        UserError: timm knows no such schedule, or it depends on results (``plateau``).
+        UserError: timm has no such schedule, or it is not one of steps (``plateau``, ``none``).
     """
+    if config.name == "none":
+        raise UserError("schedule.name = 'none' would leave out the warm-up as well: choose constant")
     if config.name == "plateau":
         raise UserError("schedule.name = 'plateau' depends on results, not on the step: choose cosine, step or poly")
     try:
@@ -95,7 +116,7 @@ def build_scheduler(config: ScheduleConfig, optimizer: torch.optim.Optimizer, st
             updates_per_epoch=steps_per_epoch,
         )
     except ValueError as error:
-        raise UserError(f"schedule.name = {config.name!r}: {error}; known: cosine, tanh, step, multistep, poly, wsd") from error
+        raise UserError(f"schedule.name = {config.name!r}: {error}; known: {', '.join(SCHEDULES)}") from error
     return scheduler
 
 
