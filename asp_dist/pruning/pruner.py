@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -30,6 +30,7 @@ from asp_dist.pruning.weights import (
     local,
     pruned_dot,
     scale_pruned_gradient_,
+    share_dense,
     write_pruned,
 )
 
@@ -125,6 +126,8 @@ class Pruner:
         self.layers = [LayerWeights(info, world_size) for info in self.pruned_weights]
         self.device = self.layers[0].dense.device
         self.reducer = RankReducer(self.layers, process_group, self.device)
+        if self.reducer.world_size > 1:
+            share_dense(self.layers, process_group)
         self.statistics = LayerStatistics(self.layers, self.reducer, self.device, nearby=self.density_model.corrected)
         self.steps, self.skipped, self.frozen = 0, 0, False
         self._products = self._no_products()
@@ -146,9 +149,10 @@ class Pruner:
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer) -> None:
         """Compute the thresholds' gradients from the final gradients, and put the dense weights in place for the optimizer."""
-        if self.frozen:
-            return
         mine = self._trained_by(optimizer)
+        if self.frozen:
+            self._mask_gradients(self.layers[index] for index in mine)
+            return
         for index in mine:
             self.layers[index].check_storage()
         thresholds = self._weight_thresholds()
@@ -207,7 +211,7 @@ class Pruner:
         freeze_step = self.ramp.freeze_step()
         if not self.frozen and freeze_step is not None and self.steps >= freeze_step:
             self.finalize()
-        if self.agreement_every and self.steps % self.agreement_every == 0:
+        if self.agreement_every and (self.steps == 1 or self.steps % self.agreement_every == 0):
             self.check_agreement()
 
     def _trained_by(self, optimizer: Optimizer) -> list[int]:
@@ -264,11 +268,44 @@ class Pruner:
         kept = projection.keep_counts(magnitudes, thresholds, self.budgets, self.floors)
         projection.freeze_(self.layers, projection.keep_masks(magnitudes, kept))
         self.frozen = True
+        self._forget_removed()
+
+    def mask_gradients(self) -> None:
+        """Zero the removed weights' gradients once the mask is frozen: call it before clipping, so that no norm counts them.
+
+        The optimizer's step does so in any case.
+        """
+        if self.frozen:
+            self._mask_gradients(self.layers)
+
+    @staticmethod
+    def _mask_gradients(layers: Iterable[LayerWeights]) -> None:
+        with torch.no_grad():
+            for layer in layers:
+                gradient = layer.gradient()
+                if gradient is not None:
+                    gradient.masked_fill_(layer.is_removed(), 0.0)
+
+    def _forget_removed(self) -> None:
+        """Zero what the optimizers keep of the removed weights, such as their momentum."""
+        for layer, (owner, _) in zip(self.layers, self._groups):
+            for value in self.optimizers[owner].state.get(layer.parameter, {}).values():
+                if isinstance(value, Tensor) and local(value).shape == layer.dense.shape:
+                    local(value).masked_fill_(layer.is_removed(), 0)
+
+    @torch.no_grad()
+    def regrown_layers(self) -> list[str]:
+        """Layers in which removed weights are not zero: something writes them behind the pruner's back. A collective."""
+        if not self.frozen:
+            return []
+        counts = [(layer.pruned.ne(0) & layer.is_removed()).sum() for layer in self.layers]
+        (total,) = self.reducer.reduce(torch.stack(counts).double())
+        return [name for name, count in zip(self.costs.names, total.tolist()) if count > 0]
 
     @staticmethod
     def _apply_frozen_mask(layers: Sequence[LayerWeights]) -> None:
         for layer in layers:
-            layer.flat_pruned().masked_fill_(layer.flat_dense() != 0, 0.0)
+            layer.pruned.masked_fill_(layer.is_removed(), 0.0)
 
     @contextmanager
     def dense(self, names: Sequence[str] | None = None) -> Iterator[None]:
@@ -355,6 +392,7 @@ class Pruner:
             "statistics": self.statistics.state_dict(),
             "density_model": self.density_model.state_dict(),
             "controller": self.controller.state_dict(),
+            "kept_zeros": {layer.info.name: self._kept_zeros(layer) for layer in self.layers if self.frozen},
             "dense": {layer.info.name: layer.gather(layer.dense).detach().clone() for layer in self.layers},
         }
 
@@ -377,13 +415,23 @@ class Pruner:
         self.controller.load_state_dict(state["controller"])
         if not self.frozen:
             self._write_pruned(self.layers)
-        for layer in self.layers:
-            if self.frozen and not torch.equal(layer.pruned == 0, layer.dense != 0):
+        zeros = state.get("kept_zeros", {})
+        for layer in self.layers if self.frozen else ():
+            name = layer.info.name
+            if bool((layer.pruned.ne(0) & layer.is_removed()).any()) or self._kept_zeros(layer) != zeros.get(name, 0):
                 raise ValueError(
-                    f"layer {layer.info.name!r}: the model's weights are not those of the frozen mask. Building a Pruner "
+                    f"layer {name!r}: the model's weights are not those of the frozen mask. Building a Pruner "
                     "prunes the model: load the model's state after that, and before the pruner's"
                 )
         self.statistics.load_state_dict(state["statistics"], self._weight_thresholds())
+
+    @staticmethod
+    def _kept_zeros(layer: LayerWeights) -> int:
+        """Kept weights that training made exactly zero; a collective where the layer is sharded."""
+        count = (layer.pruned.eq(0) & ~layer.is_removed()).sum()
+        if layer.shard_group is not None:
+            dist.all_reduce(count, group=layer.shard_group)
+        return int(count)
 
     def remove(self) -> None:
         """Detach from the optimizer; the model stays as it is."""

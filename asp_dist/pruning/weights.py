@@ -199,6 +199,10 @@ class LayerWeights:
                 "move the model to its device and type first"
             )
 
+    def is_removed(self) -> Tensor:
+        """Where a frozen mask has removed weights: boolean, in the parameter's local shape; see `projection.freeze_`."""
+        return self.dense != 0
+
     def swap_in_dense(self) -> None:
         """Put the dense weights into the parameter, as the optimizer expects them."""
         if self.sharded:
@@ -238,6 +242,17 @@ class LayerWeights:
         rows = -(-whole.shape[0] // dist.get_world_size(group))
         start = min(dist.get_rank(group) * rows, whole.shape[0])
         into.copy_(whole[start : start + into.shape[0]])
+
+
+def share_dense(layers: Sequence[LayerWeights], group: dist.ProcessGroup | None) -> None:
+    """Give every rank the first one's dense weights of replicated layers.
+
+    DDP does so with a model's parameters when it wraps it, too late for a pruner that was built before.
+    """
+    source = 0 if group is None else dist.get_global_rank(group, 0)
+    for layer in layers:
+        if not layer.sharded:
+            dist.broadcast(layer.flat_dense(), source, group=group)
 
 
 class RankReducer:

@@ -83,28 +83,24 @@ def _stop_code(run: Run) -> float:
 
 
 def check_layers(run: Run, rows: list[LayerRow]) -> None:
-    """Look at the layers' rows of a validation.
+    """Look at the layers' rows of a validation; a collective.
 
-    A layer without any weight left cuts the network: the user is warned. Once the mask is frozen, no layer's sparsity may
-    fall: something writes pruned weights behind the pruner's back, and the budget is no longer met.
+    A layer without any weight left cuts the network: the user is warned. Once the mask is frozen, no removed weight may come
+    back: something writes it behind the pruner's back, and the budget is no longer met.
 
     Raises:
-        BadNumbers: a frozen layer has more weights than before; names it.
+        BadNumbers: a frozen layer has removed weights that are not zero; names it.
     """
     pruned = {row["name"]: float(row["measured_sparsity"]) for row in rows if row["pruned"]}
     dead = [name for name, sparsity in pruned.items() if sparsity >= 1.0]
     if dead:
         run.tracker.alert("Dead layers", f"no weight is left in {_few(dead)}; raise pruning.min_density")
-    if run.pruner is None or not run.pruner.frozen:
-        return
-    regrown = [name for name, sparsity in pruned.items() if sparsity < run.frozen_sparsity.get(name, 0.0) - 1e-12]
+    regrown = run.pruner.regrown_layers() if run.pruner is not None else []
     if regrown:
-        name = regrown[0]
         raise BadNumbers(
-            f"the mask is frozen, but after step {run.step} the sparsity of {_few(regrown)} has fallen ({name}: from "
-            f"{run.frozen_sparsity[name]:.6f} to {pruned[name]:.6f}): something writes weights that are pruned"
+            f"the mask is frozen, but after step {run.step} removed weights are not zero in {_few(regrown)}: something writes "
+            "weights that are pruned"
         )
-    run.frozen_sparsity = pruned
 
 
 def check_allocation(run: Run, metrics: dict[str, float]) -> None:

@@ -43,7 +43,6 @@ class Run:
         skipped: skipped steps in all.
         best: the best validation at the budget: ``{"step": ..., "val/top1": ...}``.
         results: the latest validation.
-        frozen_sparsity: each layer's sparsity in the latest validation with a frozen mask.
         snapshot: the pruner's state at the latest validation; None before it, and without pruning.
         layer_subset: validation batches on which single layers are judged.
     """
@@ -74,7 +73,6 @@ class Run:
     skipped: int = 0
     best: dict[str, Any] | None = None
     results: dict[str, Any] = field(default_factory=dict)
-    frozen_sparsity: dict[str, float] = field(default_factory=dict)
     snapshot: Snapshot | None = None
     layer_subset: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
 

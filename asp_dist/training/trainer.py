@@ -121,6 +121,8 @@ def train_step(run: Run, batches: Batches) -> health.StepDecision:
             loss += forward_backward(run, images, targets, last=micro == accumulate - 1)
     if run.scaler is not None:
         run.scaler.unscale_(run.optimizer)
+    if run.pruner is not None:
+        run.pruner.mask_gradients()
     gradients = [p.grad for p in run.model.parameters() if p.grad is not None]
     norm = get_total_norm(gradients)
     decision = health.sync_step_flags(run, loss, health.full_norm(norm), checkpoint_due=checkpointing.due(run))

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from asp_dist.pruning import Budget, Power, Pruner, Ramp, SparsityLoss, Track
+from asp_dist.pruning import Budget, Power, Pruner, Ramp, Select, SparsityLoss, Track
 
 pytestmark = pytest.mark.slow
 
@@ -247,6 +247,24 @@ def train_nested(rank: int) -> list[int]:
 
 def test_an_optimizer_that_calls_its_base_class_takes_one_step() -> None:
     assert on_two_ranks(train_nested) == [[STEPS, STEPS]] * 2
+
+
+def train_unlike_networks(rank: int) -> list[Tensor]:
+    """A step of networks that each rank initialized by a seed of its own, and wrapped after the pruner was built."""
+    torch.manual_seed(rank)
+    network = nn.Sequential(nn.Linear(30, 40), nn.ReLU(), nn.Linear(40, 30)).double()
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    pruner = Pruner(network, optimizer, Budget.parameters(density=0.2), select=Select(min_weights=100))
+    model = DistributedDataParallel(network)
+    images = torch.randn(8, 30, generator=torch.Generator().manual_seed(5 + rank), dtype=torch.float64)
+    model(images).square().mean().backward()
+    optimizer.step()  # ranks are compared after the first step
+    return [parameter.detach().clone() for parameter in network.parameters()] + [layer.dense for layer in pruner.layers]
+
+
+def test_ranks_with_seeds_of_their_own_begin_with_the_same_weights() -> None:
+    one, two = on_two_ranks(train_unlike_networks)
+    assert all(torch.equal(a, b) for a, b in zip(one, two))
 
 
 def disagree(rank: int) -> dict[str, str]:
