@@ -47,6 +47,7 @@ def toy(recipe: str, folder: Path) -> Config:
         "data.eval_batch_size": 4,
         "data.input_size": SIZES.get(config.model.name, 32),
         "data.synthetic_samples": [4 * batch, 4],
+        "model.pretrained": False,  # it would be downloaded
         "training.device": "cpu",
         "training.max_steps": 3,
         "training.log_every": 1,

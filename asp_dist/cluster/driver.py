@@ -18,7 +18,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
 from asp_dist.checkpoint.record import run_dir, with_absolute_paths
 from asp_dist.cluster import user_keys
-from asp_dist.cluster.failures import ClusterError, FailureLog, describe, event, fatal_error, one_line
+from asp_dist.cluster.failures import ClusterError, FailureLog, describe, event, fatal_error, one_line, repeated
 from asp_dist.cluster.launch_files import LaunchFiles
 from asp_dist.cluster.ray_private import ClusterTrainer
 from asp_dist.cluster.resources import Resources, check_storage, plan_resources, this_machine
@@ -79,6 +79,8 @@ class _Launch:
         self.train = train
         self.log = str(run_dir(config) / "logs")
         self.step = 0
+        self.causes: set[tuple[str, int]] = set()
+        self.repeated: ClusterError | None = None
 
     def run(self) -> dict[str, Any]:
         """Connect to Ray, check that the run fits, train, and return rank 0's summary."""
@@ -124,6 +126,8 @@ class _Launch:
         try:
             result = trainer.fit()
         except (RayError, RuntimeError, TrainingFailedError) as error:
+            if self.repeated is not None:
+                raise self.repeated from error
             fatal = files.fatal()
             if fatal is not None:
                 raise fatal_error(fatal, self.log) from error
@@ -142,11 +146,19 @@ class _Launch:
                 self.step = row["step"]
                 self.on_row(row)
             for row in failures.read():
+                self._notice(row.pop("would_repeat"), row["message"])
                 self.on_row({**row, "step": self.step})
             if last:
                 return
-            if files.fatal() is not None:
+            if files.fatal() is not None or self.repeated is not None:
                 trainer.end()
+
+    def _notice(self, would_repeat: bool, message: str) -> None:
+        """Remember a failure; the second time that it comes at the same step, restarts are of no use."""
+        cause = message.partition(": ")[2], self.step  # whichever rank had it
+        if would_repeat and cause in self.causes:
+            self.repeated = repeated(message, self.step, self.log)
+        self.causes.add(cause)
 
     def _trainer(self, files: LaunchFiles, needed: Resources) -> ClusterTrainer:
         cluster = self.config.cluster

@@ -14,6 +14,8 @@ from asp_dist.cluster.launch_files import LaunchFiles
 from asp_dist.errors import UserError
 from asp_dist.tracking.schema import EVENT
 
+# A fault of a device or of the network, which another node may not have.
+DEVICE = ("cuda error", "cudnn error", "nccl")
 # What the other ranks say when one has died.
 COLLATERAL = ("connection closed by peer", "connection reset", "broken pipe", "socket timeout", "ncclremoteerror")
 
@@ -34,8 +36,9 @@ class FailureLog(UserCallback):
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Append the failure's cause."""
+        row = event(describe(worker_exceptions)) | {"would_repeat": would_repeat(worker_exceptions)}
         with (self._files.folder / "failures").open("a") as file:
-            file.write(json.dumps(event(describe(worker_exceptions))) + "\n")
+            file.write(json.dumps(row) + "\n")
 
 
 def event(message: str, step: int = 0) -> dict[str, Any]:
@@ -50,8 +53,30 @@ def describe(failures: dict[int, Exception]) -> str:
     """
     if not failures:
         return "the workers failed"
+    rank, error = _cause(failures)
+    return f"worker {rank}: {one_line(error)}"
+
+
+def would_repeat(failures: dict[int, Exception]) -> bool:
+    """Whether the cause, met again at the same step, is the program's, and not a dead process or a storage's."""
+    if not failures:
+        return False
+    _, error = _cause(failures)
+    passing = isinstance(error, ActorDiedError | RayActorError | OutOfMemoryError | OSError)
+    # asp_dist.data's own error for images that cannot be read now; its module is too much for Ray Train's controller.
+    passing = passing or "DataReadError" in type(error).__name__ or any(word in str(error).lower() for word in DEVICE)
+    return not (passing or _collateral(error))
+
+
+def repeated(message: str, step: int, log: str) -> ClusterError:
+    """The error that ends a run which fails in the same way at the same step."""
+    return ClusterError(f"{message}: the same error for the second time at step {step}, so no restart will help (logs: {log})")
+
+
+def _cause(failures: dict[int, Exception]) -> tuple[int, BaseException]:
+    """The rank that failed by itself, if one did, and its exception."""
     rank, error = min(failures.items(), key=lambda item: (_collateral(_unwrap(item[1])), item[0]))
-    return f"worker {rank}: {one_line(_unwrap(error))}"
+    return rank, _unwrap(error)
 
 
 def one_line(error: BaseException) -> str:

@@ -74,7 +74,10 @@ def estimate_run(config: Config, *, measure_s: float = 8.0, network: Network | N
     network = network or Network()
     assumptions: list[str] = []
     info = _data(config, assumptions)
-    model = build_model(config.model, len(info.classes), config.data.input_size)
+    fresh = dataclasses.replace(config.model, pretrained=False)
+    if config.model.pretrained and config.model.weights is None:
+        assumptions.append("weights: fresh ones for model.pretrained, as a plan downloads nothing")
+    model = build_model(fresh, len(info.classes), config.data.input_size)
     size = build_spec(config.data, resolve_model_data_config(model)).size
     device = torch.device("cuda" if torch.cuda.is_available() and config.training.device != "cpu" else "cpu")
     model = build.place_model(config.training, model, World(0, 0, 1, device))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from timm.data import resolve_model_data_config
+from torch import nn
 
 from asp_dist.checkpoint.record import check_run_dir, with_absolute_paths
 from asp_dist.config import Config
@@ -81,11 +82,32 @@ def check_batch(config: Config, data: DataInfo) -> None:
     check(not problem, problem)
 
 
+def check_forward(config: Config, model: nn.Module, size: tuple[int, int]) -> None:
+    """Raise `UserError` unless `model` trains on the images that a worker gets at once, by a pass on the meta device."""
+    images = config.data.batch_size // (planned_world_size(config) * config.training.accumulate)
+    tensors = {name: tensor.detach().to("meta") for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    batch = torch.empty((images, 3, *size), device="meta")
+    try:
+        with torch.no_grad():
+            torch.func.functional_call(model.train(), tensors, (batch,), tie_weights=True)
+    except (ValueError, RuntimeError, AssertionError, IndexError) as error:
+        if isinstance(error, NotImplementedError) or "meta" in str(error).lower():
+            return  # a forward pass that looks at values, which the meta device has not
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"{config.model.name} does not train on {images} image(s) of {size[0]}×{size[1]} at once, as each of "
+            f"{planned_world_size(config)} worker(s) would get ({reason}): change data.batch_size, cluster.num_workers, "
+            "training.accumulate or data.input_size"
+        ) from error
+
+
 def check_budget(config: Config, data: DataInfo, total_steps: int, steps_per_epoch: int) -> None:
     """Raise `UserError` unless the network can be built, and pruned to the budget."""
     with torch.random.fork_rng(devices=[]):
         model = build_model(config.model, len(data.classes), config.data.input_size)
     height, width = build_spec(config.data, resolve_model_data_config(model)).size
+    for size in {(height, width), *((side, side) for side in config.data.progressive_sizes)}:
+        check_forward(config, model, size)
     optimizer = build.build_optimizer(config.optimizer, model)
     build.build_scheduler(config.schedule, optimizer, steps_per_epoch)
     pruner = build.build_pruner(config, model, optimizer, total_steps=total_steps, input_size=(3, height, width))

@@ -14,18 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from ray.train import ScalingConfig
 from small_runs import small_config, with_changes
 from waiting import HANG_S
 
 from asp_dist.cluster import ClusterError, run
-from asp_dist.cluster.failures import describe
+from asp_dist.cluster.failures import describe, would_repeat
 from asp_dist.cluster.launch_files import LaunchFiles
 from asp_dist.cluster.ray_private import DividingScalingPolicy
 from asp_dist.cluster.resources import plan_resources
 from asp_dist.cluster.session import _descendants
 from asp_dist.cluster.worker import TrainFunction, interface_of
 from asp_dist.config import ClusterConfig, Config, DataConfig, OutputConfig, TrainingConfig
+from asp_dist.data.bad_files import DataReadError
 from asp_dist.errors import UserError
 from asp_dist.training.world import group_sizes
 
@@ -137,6 +139,17 @@ def test_the_cause_is_named_rather_than_what_followed_from_it() -> None:
     assert describe(failures) == "worker 1: MemoryError: cannot allocate 3 GiB"
 
 
+def test_faults_that_pass_may_come_again_at_the_same_step() -> None:
+    assert would_repeat({0: RuntimeError("shapes do not fit")})
+    assert would_repeat({0: RuntimeError("Connection reset by peer"), 1: torch.OutOfMemoryError("CUDA out of memory")})
+    passing = [OSError("stale file handle"), TimeoutError("no answer"), DataReadError("cannot be read now")]
+    passing += [
+        RuntimeError("CUDA error: uncorrectable ECC error encountered"),
+        RuntimeError("NCCL error: unhandled system error"),
+    ]
+    assert not any(would_repeat({0: error}) for error in [*passing, RuntimeError("Connection closed by peer")])
+
+
 def test_interface_is_found_by_its_address() -> None:
     assert interface_of("127.0.0.1") == "lo"
     assert interface_of("203.0.113.77") is None
@@ -162,6 +175,8 @@ def stand_in(mode: str) -> TrainFunction:
             if step == 3 and world.rank == 1:
                 if mode == "user":
                     raise UserError("label 12 is outside 0..9")
+                if mode == "again":
+                    raise RuntimeError("shapes do not fit")
                 if mode == "bug":
                     raise AttributeError("no such thing")
                 if mode == "die":
@@ -230,6 +245,7 @@ def test_two_workers_train_and_the_driver_sees_their_rows(tmp_path: Path, ray_ad
     [
         ("user", UserError, "^label 12 is outside 0..9$", 1),
         ("bug", ClusterError, "^worker 1 on .*: AttributeError: no such thing", 1),
+        ("again", ClusterError, "^worker 1: RuntimeError: shapes do not fit: the same error for the second time at step 3", 2),
         ("die", ClusterError, "more often than cluster.max_failures = 1 .* worker 1: its process died", 2),
     ],
 )
@@ -237,7 +253,7 @@ def test_failures_end_the_run_with_one_line(
     tmp_path: Path, ray_address: str, mode: str, error: type[Exception], message: str, attempts: int
 ) -> None:
     with pytest.raises(error, match=message) as caught:
-        run(small(tmp_path, address=ray_address), train=stand_in(mode))
+        run(small(tmp_path, address=ray_address, max_failures=1 if mode == "die" else 5), train=stand_in(mode))
     assert "\n" not in str(caught.value)
     assert int((tmp_path / "run" / "attempts-1").read_text()) == attempts
     assert not (tmp_path / "run" / "cluster").exists()

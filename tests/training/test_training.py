@@ -426,6 +426,14 @@ def test_preflight_finds_what_fits(tmp_path: Path) -> None:
         ({"pruning__select__min_weights": 10**9}, r"no layer .* can be pruned"),
         ({"data__backend": "dali", "data__root": "/nonexistent/data"}, r"/nonexistent/data"),
         ({"schedule__name": "plateau"}, r"plateau"),
+        ({"schedule__name": "none"}, r"choose constant"),
+        ({"optimizer__name": "adahessian"}, r"second derivatives"),
+        (
+            {"model__name": "resnet18", "data__batch_size": 1, "data__input_size": 32},
+            r"resnet18 does not train on 1 image\(s\) of 32×32 at once.*more than 1 value per channel",
+        ),
+        ({"model__name": "alexnet", "data__input_size": 32}, r"alexnet does not train on 16 image\(s\) of 32×32"),
+        ({"model__name": "alexnet", "data__input_size": 64, "data__progressive_sizes": (32, 64)}, r"of 32×32"),
     ],
 )
 def test_preflight_refuses(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
