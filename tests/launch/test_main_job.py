@@ -182,7 +182,7 @@ BAD_INPUT = {
     "no layer left": (("--pruning.select.min_weights", "100000000"), ("no layer", "min_weights")),
     "batch that does not divide": (("--data.batch_size", "63"), ("63", "2 workers")),
     "more workers than there are": (
-        ("--cluster.num_workers", "64", "--cluster.cpus_per_worker", "1"),
+        ("--cluster.num_workers", "64", "--cluster.cpus_per_worker", "1", "--data.batch_size", "128"),
         ("cluster.num_workers = 64", "CPU"),
     ),
     "more GPUs than there are": (("--cluster.gpus_per_worker", "9"), ("9", "GPU")),
