@@ -72,7 +72,7 @@ def _readable(message: str) -> str:
 
 
 def _run(arguments: list[str]) -> int:
-    parser = build_parser(arguments[0] if arguments else "")
+    parser = build_parser()
     if not arguments:
         parser.print_help()
         return EXIT_USER
@@ -209,8 +209,8 @@ def _nearest(name: str, known: list[str], dashes: str = "") -> str:
     return f"; did you mean {dashes}{close[0]}?" if close else ""
 
 
-def build_parser(only: str | None = None) -> ArgumentParser:
-    """The command line, with the configuration's fields for the command `only` (one takes a second), or for all."""
+def build_parser() -> ArgumentParser:
+    """The whole command line."""
     parser = ArgumentParser(
         prog="asp-dist",
         description="Prune timm models while they train, on a Ray cluster, to a budget you choose.",
@@ -218,18 +218,18 @@ def build_parser(only: str | None = None) -> ArgumentParser:
         version=__version__,
         exit_on_error=False,
     )
-    _add_commands(parser, COMMANDS, only)
+    _add_commands(parser, COMMANDS)
     return parser
 
 
-def _add_commands(parser: ArgumentParser, commands: dict[str, Command], only: str | None) -> None:
+def _add_commands(parser: ArgumentParser, commands: dict[str, Command]) -> None:
     subcommands = parser.add_subcommands(required=True, dest="command")
     for name, command in commands.items():
         sub = ArgumentParser(description=command.help, exit_on_error=False)
-        if command.configured and only in (None, name):
+        if command.configured:
             sub.add_argument("--config", action="config", help="YAML file; may be given as the first argument.")
             sub.add_class_arguments(Config, nested_key=None, fail_untyped=True)
         command.add_arguments(sub)
         subcommands.add_subcommand(name, sub, help=command.help)
         if command.group:
-            _add_commands(sub, command.group, only)
+            _add_commands(sub, command.group)

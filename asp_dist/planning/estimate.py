@@ -127,13 +127,18 @@ def estimate_run(config: Config, *, measure_s: float = 8.0, network: Network | N
     return plan
 
 
+def suggested_data_set(model: str) -> tuple[int, tuple[str, int, int]]:
+    """(classes, entry of `DATA_SETS`) of the data set that timm's `model` is for; ImageNet where that is not known."""
+    default = timm.get_pretrained_cfg(model, allow_unregistered=True)
+    classes = default.num_classes if default is not None and default.num_classes in DATA_SETS else 1000
+    return classes, DATA_SETS[classes]
+
+
 def _data(config: Config, assumptions: list[str]) -> DataInfo:
     try:
         return inspect_data(config.data)
     except UserError as error:
-        default = timm.get_pretrained_cfg(config.model.name, allow_unregistered=True)
-        classes = default.num_classes if default is not None and default.num_classes in DATA_SETS else 1000
-        name, train, val = DATA_SETS[classes]
+        classes, (name, train, val) = suggested_data_set(config.model.name)
         assumptions.append(f"data: {name}'s {train:,} + {val:,} images of {classes} classes, because {error}")
         names = tuple(str(i) for i in range(classes))
         return DataInfo(train, val, names, names, "assumed")

@@ -28,11 +28,11 @@ from asp_dist.training.trainer import train
 from asp_dist.training.world import World, init_world
 
 REPEATED_STEPS = 10  # taken twice, before and after the restart
-# The limits of the invariants. How far the density may be off: at every step behind the ramp for a control that tracks it; at
+# The limits of the invariants. How far the density may be off: at every step after the ramp for a control that tracks it; at
 # the freeze for the sparsity loss, with a ramp or in its published form, which leaves a standing error.
 TRACK_ERROR, LOSS_ERROR, PUBLISHED_ERROR = 0.002, 0.02, 0.05
-MOST_FLIPS = 0.01  # of all mask bits, in a step behind the ramp
-MOST_MOVE = 0.5  # of a threshold in a step, in units of σ, behind the ramp
+MOST_FLIPS = 0.01  # of all mask bits, in a step after the ramp
+MOST_MOVE = 0.5  # of a threshold in a step, in units of σ, after the ramp
 LEAST_LEARNED = 0.5  # of what the dense rehearsal learns, by the training loss
 LITTLE = 0.05  # of the first loss: a smaller fall is hardly learning
 
@@ -179,10 +179,10 @@ def rehearse(config: Config, *, steps: int = 300, batch_size: int = 32, input_si
     check(config.pruning.enabled, "pruning.enabled = false: there is nothing to rehearse")
     check(steps >= 40, f"--steps {steps}: give at least 40, or no part of the schedule has a step of its own")
     folder = Path(config.output.dir).expanduser().absolute() / f"{config.name}-rehearsal"
+    pruned, changes = squeeze(config, folder, steps=steps, batch_size=batch_size, input_size=input_size)
     for name in ("pruned", "dense"):  # of an earlier rehearsal
         if (folder / name / IDENTITY_FILE).is_file():
             shutil.rmtree(folder / name)
-    pruned, changes = squeeze(config, folder, steps=steps, batch_size=batch_size, input_size=input_size)
     dense = replace(pruned, name="dense", pruning=replace(pruned.pruning, enabled=False))
     total = preflight(pruned).total_steps
     restart = total // 3
@@ -261,8 +261,8 @@ def judge(
     same = len(before) > 0 and before == after[: len(before)]
     verdicts = [
         _budget(config, behind),
-        _most("mask bits flipped per step behind the ramp", [one.flipped for one in behind], MOST_FLIPS, "{:.3%}"),
-        _most("threshold's largest move per step behind the ramp", [one.move for one in behind], MOST_MOVE, "{:.3f} σ"),
+        _most("mask bits flipped per step after the ramp", [one.flipped for one in behind], MOST_FLIPS, "{:.3%}"),
+        _most("threshold's largest move per step after the ramp", [one.move for one in behind], MOST_MOVE, "{:.3f} σ"),
         _most("layers with the allocation at its bound", [one.at_bounds for one in steps], MOST_AT_BOUNDS, "{:.1%}"),
         _most("layers without a weight", [float(one.empty) for one in steps], 0.0, "{:.0f}"),
         _most("steps skipped for a loss or gradient that is not finite", [float(summary["bad_steps"])], 0.0, "{:.0f}"),
@@ -279,13 +279,13 @@ def _most(name: str, values: list[float], limit: float, form: str) -> Verdict:
 
 
 def _budget(config: Config, behind: list[StepRecord]) -> Verdict:
-    """At every step behind the ramp for a control that tracks the budget; for others, in the last step before the freeze."""
+    """At every step after the ramp for a control that tracks the budget; for others, in the last step before the freeze."""
     if not behind:
-        return Verdict("budget behind the ramp", "no step", "a step before the freeze", False)
+        return Verdict("budget after the ramp", "no step", "a step before the freeze", False)
     above_only = config.budget.all()[0].bound == "at_most"
     errors = [one.density - one.target if above_only else abs(one.density - one.target) for one in behind]
     if isinstance(config.pruning.build_control(), Track):
-        return _most("density off the target, at every step behind the ramp", errors, TRACK_ERROR, "{:.4f}")
+        return _most("density off the target, at every step after the ramp", errors, TRACK_ERROR, "{:.4f}")
     limit = PUBLISHED_ERROR if config.pruning.ramp.shape == "constant" else LOSS_ERROR
     return _most("density off the target, before the freeze", errors[-1:], limit, "{:.4f}")
 
@@ -307,12 +307,11 @@ def _learned(losses: list[float], dense_losses: list[float]) -> Verdict:
 def _exact(config: Config, summary: dict[str, Any]) -> Verdict:
     """Counted after the freeze."""
     budget = config.budget.all()[0]
-    found = summary["budget_sparsity"]
-    wanted = budget.sparsity if budget.sparsity is not None else None if budget.density is None else 1.0 - budget.density
-    if wanted is None or budget.cost != "parameters" or budget.scope != "network":
-        wanted = summary["target_sparsity"]
+    found, wanted = summary["budget_sparsity"], summary["target_sparsity"]
+    if budget.cost != "parameters" or budget.scope != "network":
         good = abs(found - wanted) <= LOSS_ERROR or (budget.bound == "at_most" and found >= wanted)
-        return Verdict("budget after the freeze", f"{found:.4%} of the {budget.cost} saved", f"{wanted:.4%}", good)
+        limit = f"{wanted:.4%} to within {LOSS_ERROR:.0%}"
+        return Verdict("budget after the freeze", f"{found:.4%} of the {budget.cost} saved", limit, good)
     kept, allowed = summary["nonzero_weights"], round((1.0 - wanted) * summary["prunable_weights"])
     good = kept == allowed or (budget.bound == "at_most" and kept <= allowed)
     return Verdict("budget after the freeze", f"{kept:,} weights", f"exactly {allowed:,}", good)

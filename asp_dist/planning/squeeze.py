@@ -7,12 +7,11 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-import timm
-
 from asp_dist.config import Config, PruningConfig, ScheduleConfig
 from asp_dist.data import prepare_digits
+from asp_dist.data.formats.folder import class_folders, image_names
 from asp_dist.errors import check
-from asp_dist.planning.estimate import DATA_SETS
+from asp_dist.planning.estimate import suggested_data_set
 from asp_dist.pruning.control.sparsity_loss import PUBLISHED_LR_RATIO
 from asp_dist.training.build import scales_with_root
 
@@ -119,7 +118,7 @@ def _squeezed_decay(config: Config, steps: int) -> float | None:
 
 
 def _squeezed_pruning(config: Config, steps: int) -> PruningConfig:
-    """The published update moves thresholds by a rate of its own, whatever the length of the run: it is raised with the speed.
+    """The published update has a threshold rate that does not depend on the run's length: raised as the run is shortened.
 
     Its other forms derive the rate from the run.
     """
@@ -133,9 +132,8 @@ def _squeezed_pruning(config: Config, steps: int) -> PruningConfig:
 
 def _full_steps(config: Config) -> float:
     """Optimizer steps of the recipe, on the data set that the network's number of classes suggests."""
-    default = timm.get_pretrained_cfg(config.model.name, allow_unregistered=True)
-    classes = default.num_classes if default is not None and default.num_classes in DATA_SETS else 1000
-    return config.schedule.epochs * DATA_SETS[classes][1] / config.data.batch_size
+    _, (_, images, _) = suggested_data_set(config.model.name)
+    return config.schedule.epochs * images / config.data.batch_size
 
 
 def _scaled_sizes(config: Config, input_size: int) -> tuple[int, ...]:
@@ -149,23 +147,20 @@ def _source(config: Config, folder: Path) -> tuple[Path, str]:
     root = Path(config.data.root).expanduser()
     train = root / config.data.train
     if config.data.train == "train" and config.data.val == "val" and train.is_dir() and (root / "val").is_dir():
-        classes = sum(path.is_dir() for path in train.iterdir())
-        return root, f"{min(classes, CLASSES)} classes of {root}"
+        return root, f"{len(class_folders(train)[:CLASSES])} classes of {root}"
     return prepare_digits(folder / "digits"), "handwritten digits, as data.root has no images by class"
 
 
 def link_subset(source: Path, target: Path, *, train: int, val: int) -> int:
-    """Link about so many images of the first classes of `source` below `target`; returns how many training images there are."""
+    """Link about `train` and `val` images of the first classes of `source` below `target`; returns the number to train on."""
     shutil.rmtree(target, ignore_errors=True)
-    classes = sorted(path.name for path in (source / "train").iterdir() if path.is_dir())[:CLASSES]
-    counts = {}
+    classes = class_folders(source / "train")[:CLASSES]
+    counts = {"train": 0, "val": 0}
     for split, wanted in (("train", train), ("val", val)):
-        counts[split] = 0
-        for name in classes:
-            images = sorted(path for path in (source / split / name).iterdir() if path.is_file())
+        for name in set(classes).intersection(class_folders(source / split)):
             folder = target / split / name
             folder.mkdir(parents=True)
-            for image in images[: math.ceil(wanted / len(classes))]:
-                (folder / image.name).symlink_to(image.absolute())
+            for image in image_names(source / split / name)[: math.ceil(wanted / len(classes))]:
+                (folder / image).symlink_to((source / split / name / image).absolute())
                 counts[split] += 1
     return counts["train"]

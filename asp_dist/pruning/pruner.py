@@ -415,12 +415,13 @@ class Pruner:
         self.controller.load_state_dict(state["controller"])
         if not self.frozen:
             self._write_pruned(self.layers)
-        zeros = state.get("kept_zeros", {})
-        for layer in self.layers if self.frozen else ():
-            name = layer.info.name
-            if bool((layer.pruned.ne(0) & layer.is_removed()).any()) or self._kept_zeros(layer) != zeros.get(name, 0):
+        if self.frozen:  # judged by collectives, so that all ranks find the same
+            zeros = state.get("kept_zeros", {})
+            changed = [layer.info.name for layer in self.layers if self._kept_zeros(layer) != zeros.get(layer.info.name, 0)]
+            wrong = [*self.regrown_layers(), *changed]
+            if wrong:
                 raise ValueError(
-                    f"layer {name!r}: the model's weights are not those of the frozen mask. Building a Pruner "
+                    f"layer {wrong[0]!r}: the model's weights are not those of the frozen mask. Building a Pruner "
                     "prunes the model: load the model's state after that, and before the pruner's"
                 )
         self.statistics.load_state_dict(state["statistics"], self._weight_thresholds())

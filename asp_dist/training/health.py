@@ -107,7 +107,7 @@ def check_allocation(run: Run, metrics: dict[str, float]) -> None:
     """Warn where most layers' learned allocation is at its bound: it no longer follows the task."""
     share = metrics.get(ALLOCATION_AT_BOUNDS, 0.0)
     if share > MOST_AT_BOUNDS:
-        text = f"that of {share:.0%} of the layers, and follows the task no longer; lower pruning.track.rate"
+        text = f"in {share:.0%} of the layers, where it no longer follows the task: lower pruning.track.rate"
         run.tracker.alert("Allocation at its bounds", text)
 
 

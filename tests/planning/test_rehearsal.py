@@ -129,4 +129,4 @@ def test_the_command_prints_its_verdicts_and_says_by_its_exit_code(
     monkeypatch.setattr(rehearsal, "MOST_FLIPS", -1.0)  # a second time: the first one's folder is used again
     assert cli.main(words) == 1
     out = capsys.readouterr().out
-    assert "BROKEN" in out and "verdict     broken: mask bits flipped per step behind the ramp" in out
+    assert "BROKEN" in out and "verdict     broken: mask bits flipped per step after the ramp" in out

@@ -156,7 +156,7 @@ def test_uniform_weights_are_held_at_the_budget() -> None:
 def test_no_layer_of_a_fresh_network_oscillates(name: str, sparsity: float) -> None:
     """Held still at their initialization; most of these classifiers are uniform, and end below the largest threshold."""
     torch.manual_seed(0)
-    network, steps = timm.create_model(name), 40
+    network, steps = timm.create_model(name), 80
     optimizer = torch.optim.SGD(network.parameters(), lr=0.0)
     budget, ramp = Budget.parameters(sparsity=sparsity), Ramp("cubic", 0.0, 0.5, total_steps=steps)
     pruner = Pruner(network, optimizer, budget, control=Track(rate=0.0), ramp=ramp)

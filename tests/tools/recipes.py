@@ -18,4 +18,4 @@ def load(recipe: str, *overrides: str) -> Config:
     """The configuration that ``asp-dist train configs/RECIPE.yaml OVERRIDES`` runs."""
     arguments = cli._with_config_option(["train", str(CONFIGS / f"{recipe}.yaml"), *overrides])
     cli.check_fields(arguments)
-    return cli.to_config(parser("train").parse_args(arguments))
+    return cli.to_config(parser().parse_args(arguments))

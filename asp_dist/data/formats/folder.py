@@ -24,6 +24,11 @@ def class_folders(split: Path) -> tuple[str, ...]:
     return tuple(sorted(e.name for e in os.scandir(split) if e.is_dir() and not e.name.startswith(".")))
 
 
+def image_names(folder: Path) -> list[str]:
+    """The names of the images in `folder`, sorted."""
+    return sorted(e.name for e in os.scandir(folder) if os.path.splitext(e.name)[1].lower() in EXTENSIONS)
+
+
 def scan_folder(root: Path, name: str, classes: tuple[str, ...]) -> Samples:
     """All images of the class folders under ``root/name``, by class, then by name.
 
@@ -42,7 +47,7 @@ def scan_folder(root: Path, name: str, classes: tuple[str, ...]) -> Samples:
     names: list[str] = []
     labels: list[int] = []
     for folder in class_folders(split):
-        files = sorted(e.name for e in os.scandir(split / folder) if os.path.splitext(e.name)[1].lower() in EXTENSIONS)
+        files = image_names(split / folder)
         names += [f"{name}/{folder}/{file}" for file in files]
         labels += [index[folder]] * len(files)
     check(bool(names), f"data: no image under {split}: expected CLASS/*.jpg or another of {sorted(EXTENSIONS)}")
