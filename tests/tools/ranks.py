@@ -1,4 +1,4 @@
-"""Processes that share a process group, forked from one that has imported torch, timm and the trainer: torchrun takes 5 s."""
+"""Processes that share a process group, forked from one that has imported torch, timm and the trainer."""
 
 from __future__ import annotations
 
