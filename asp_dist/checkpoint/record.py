@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from asp_dist import __version__
-from asp_dist.config import Config, config_hash, differences, from_dict, to_dict
+from asp_dist.config import Config, check_fixed, config_hash, differences, from_dict, is_among, to_dict
 from asp_dist.errors import UserError, may_pass
 from asp_dist.files import write_text
 from asp_dist.tracking.schema import CONFIG_FILE, IDENTITY_FILE, MODEL_FILE, SUMMARY_FILE
@@ -47,7 +47,7 @@ def check_run_dir(config: Config) -> dict[str, Any] | None:
     try:
         old = yaml.safe_load((folder / CONFIG_FILE).read_text())
         identity: dict[str, Any] = json.loads((folder / IDENTITY_FILE).read_text())
-        changed = differences(old, to_dict(with_absolute_paths(config)), config.resume.allow_changes)
+        changed = differences(old, to_dict(with_absolute_paths(config)))
     except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
         if isinstance(error, OSError) and may_pass(error):
             raise
@@ -55,6 +55,8 @@ def check_run_dir(config: Config) -> dict[str, Any] | None:
             f"{folder} contains a run whose {CONFIG_FILE} or {IDENTITY_FILE} cannot be read ({error}): choose another name, or "
             "remove the folder"
         ) from error
+    check_fixed(changed)
+    changed = {name: values for name, values in changed.items() if not is_among(name, config.resume.allow_changes)}
     if changed:
         lines = "".join(f"\n  {name}: {before!r} there, {now!r} here" for name, (before, now) in changed.items())
         raise UserError(
@@ -68,6 +70,8 @@ def check_run_dir(config: Config) -> dict[str, Any] | None:
 
 def claim_run_dir(config: Config) -> dict[str, Any]:
     """Make the folder this run's, or find that it is; returns the run's identity. For rank 0.
+
+    The configuration of a run that the folder already contains stays there until `store_config` is called.
 
     The identity keeps, as ``places``, every ``output.storage`` that the run has had (None: its own folder): checkpoints may
     lie in any of them.
@@ -84,12 +88,18 @@ def claim_run_dir(config: Config) -> dict[str, Any]:
         if config.output.storage not in identity["places"]:
             identity["places"].append(config.output.storage)
             write_text(folder / IDENTITY_FILE, json.dumps(identity, indent=1))
-        write_text(folder / CONFIG_FILE, yaml.safe_dump(to_dict(with_absolute_paths(config)), sort_keys=False))
+        if not (folder / CONFIG_FILE).is_file():
+            store_config(config)
     except OSError as error:
         if may_pass(error):
             raise
         raise UserError(f"output folder {folder} cannot be written: {error.strerror or error}") from error
     return identity
+
+
+def store_config(config: Config) -> None:
+    """Write the run's configuration into its folder. For rank 0, once its changes are known to take effect."""
+    write_text(run_dir(config) / CONFIG_FILE, yaml.safe_dump(to_dict(with_absolute_paths(config)), sort_keys=False))
 
 
 def finished_summary(config: Config) -> dict[str, Any] | None:

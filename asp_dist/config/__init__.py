@@ -23,9 +23,21 @@ from asp_dist.config.fields import (
     TrackingConfig,
     TrainingConfig,
 )
-from asp_dist.config.reading import FREE_ON_RESUME, config_hash, differences, flatten, from_dict, to_dict
+from asp_dist.config.reading import (
+    FIXED_ON_RESUME,
+    FREE_ON_RESUME,
+    check_fixed,
+    config_hash,
+    differences,
+    flatten,
+    from_dict,
+    is_among,
+    refuse_change,
+    to_dict,
+)
 
 __all__ = [
+    "FIXED_ON_RESUME",
     "FREE_ON_RESUME",
     "AugmentConfig",
     "AutoAugment",
@@ -44,9 +56,12 @@ __all__ = [
     "ScheduleConfig",
     "TrackingConfig",
     "TrainingConfig",
+    "check_fixed",
     "config_hash",
     "differences",
     "flatten",
     "from_dict",
+    "is_among",
+    "refuse_change",
     "to_dict",
 ]

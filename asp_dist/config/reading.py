@@ -6,13 +6,31 @@ import dataclasses
 import hashlib
 import json
 import re
-from typing import Any, get_args, get_origin, get_type_hints
+from collections.abc import Iterable
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 from asp_dist.config.fields import Config
 from asp_dist.errors import UserError
 
 # Fields that say where and how a run is watched, not what it computes: a resumed run may change them freely.
-FREE_ON_RESUME = ("cluster", "tracking", "resume", "output", "data.threads", "data.prefetch", "training.log_every")
+FREE_ON_RESUME = (
+    *("cluster", "tracking", "resume", "output", "data.threads", "data.prefetch", "data.eval_batch_size"),
+    *("training.log_every", "training.max_bad_steps", "pruning.agreement_every"),
+)
+# Fields that no resumed run can change, not even by resume.allow_changes, and why.
+_AT_START = "it says how a run starts, and this one has started"
+FIXED_ON_RESUME = {
+    "model.name": "the checkpoints have the weights of another network",
+    "model.pretrained": _AT_START,
+    "model.weights": _AT_START,
+    "optimizer.name": "the checkpoints have another optimizer's state",
+    "training.parallel": "the checkpoints have the optimizer's state in another form",
+    "budget.scope": "the control's state belongs to budgets of the other scope",
+    "pruning.control": "the checkpoints have another control's state",
+    "pruning.loss.initial_threshold": _AT_START,
+    "pruning.track.allocation": _AT_START,
+    "pruning.select": "the checkpoints have the thresholds of other layers",
+}
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -64,19 +82,39 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def differences(old: dict[str, Any], new: dict[str, Any], allowed: tuple[str, ...] = ()) -> dict[str, tuple[Any, Any]]:
-    """Dotted names whose values differ and that a resumed run may not change: name -> (old, new)."""
-    free = (*FREE_ON_RESUME, *allowed)
+def is_among(name: str, fields: Iterable[str]) -> bool:
+    """Whether the dotted `name` is one of `fields`, or lies in one of them."""
+    return any(name == field or name.startswith(f"{field}.") for field in fields)
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Dotted names whose values differ, but for those that a resumed run may change freely: name -> (old, new)."""
     before, after = flatten(old), flatten(new)
     return {
         name: (before.get(name), after.get(name))
         for name in sorted(before.keys() | after.keys())
-        if before.get(name) != after.get(name) and not any(name == f or name.startswith(f"{f}.") for f in free)
+        if before.get(name) != after.get(name) and not is_among(name, FREE_ON_RESUME)
     }
+
+
+def check_fixed(changed: dict[str, tuple[Any, Any]]) -> None:
+    """Raise `UserError` if a field that `differences` found is one that no resumed run can change."""
+    for name, (before, now) in changed.items():
+        for field, reason in FIXED_ON_RESUME.items():
+            if is_among(name, (field,)):
+                refuse_change(name, before, now, reason)
+
+
+def refuse_change(name: str, before: Any, now: Any, reason: str) -> NoReturn:
+    """Raise the `UserError` of a change that a resumed run cannot make."""
+    raise UserError(
+        f"{name} = {now!r} cannot take effect in this run, which had {before!r}: {reason}. Leave it as it was, or give the new "
+        "run another name (--name)"
+    )
 
 
 def config_hash(config: Config) -> str:
     """Twelve hexadecimal digits that identify what the run computes, regardless of its cluster and tracking."""
     flat = flatten(to_dict(config))
-    fixed = {k: v for k, v in flat.items() if not any(k == f or k.startswith(f"{f}.") for f in FREE_ON_RESUME)}
+    fixed = {name: value for name, value in flat.items() if not is_among(name, FREE_ON_RESUME)}
     return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:12]

@@ -99,6 +99,7 @@ class Pruner:
         self.optimizers = (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer)
         self.control, self.ramp, self.operator = control, ramp, operator
         self.gradient_scale, self.agreement_every = gradient_scale, agreement_every
+        self._center = center
 
         self.weights = tuple(find_weights(self.model, select))
         self.pruned_weights = tuple(info for info in self.weights if not info.reason)
@@ -409,7 +410,8 @@ class Pruner:
         for layer in self.layers:
             layer.scatter_(state["dense"][layer.info.name].to(self.device), layer.dense)
         self.steps, self.frozen, self.skipped = state["steps"], state["frozen"], state["skipped"]
-        self.center = state["center"]
+        if self._center is None:
+            self.center = state["center"]
         self.thresholds, self.sigmas = state["thresholds"].clone(), state["sigmas"].clone()
         self.density_model.load_state_dict(state["density_model"])
         self.controller.load_state_dict(state["controller"])

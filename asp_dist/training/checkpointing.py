@@ -29,6 +29,7 @@ from asp_dist.tracking.schema import (
     SUMMARY_FILE,
     WARNING,
 )
+from asp_dist.training.changes import change_options, check_changes, group_options
 from asp_dist.training.run import Run, capture_state, restore_state
 
 log = logging.getLogger(__name__)
@@ -206,7 +207,12 @@ def resume(run: Run, places: Sequence[str | None] = ()) -> Resumed:
     place = run.checkpoints.store if index < 0 else stores[index]
     try:
         manifest, state = (kept[0].manifest, kept[0].state) if kept else run.checkpoints.load(name, place)
+        options = group_options(run.optimizer)
+        check_changes(run, manifest.config, state)
         restore_state(run, state)
+        change_options(run, manifest.config, options)
+    except UserError:
+        raise
     except (KeyError, RuntimeError, ValueError) as error:
         raise UserError(f"{place.where(name)} does not fit this run: {error}") from error
     text = f"resumed from {name if index < 0 else place.where(name)} ({manifest.step} of {run.total_steps} steps)"

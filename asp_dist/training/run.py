@@ -37,6 +37,7 @@ class Run:
     Args:
         model: the network itself: plain timm names, pruned weights.
         ddp_model: what a training step calls: `model`, under DDP, compiled.
+        input_size: shape of one image in validation, (channels, height, width).
         step: optimizer steps done, skipped ones included.
         closed_epochs: epochs that are done with, validation included.
         bad_steps: skipped steps in a row.
@@ -64,6 +65,7 @@ class Run:
     checkpoints: CheckpointManager
     meter: Meter
     tracker: Tracker
+    input_size: tuple[int, int, int]
     total_steps: int
     identity: str
     buffers: sharding.BufferGuard
@@ -125,7 +127,8 @@ def build_run(config: Config, world: World, hooks: Hooks, checkpoints: Checkpoin
     total_steps = count_steps(config, loaders.train.steps_per_epoch)
     ddp_model = build.wrap_model(training, model, world)
     height, width = build_spec(config.data, model_data).size
-    pruner = build.build_pruner(config, model, optimizer, total_steps=total_steps, input_size=(3, height, width))
+    input_size = (3, height, width)
+    pruner = build.build_pruner(config, model, optimizer, total_steps=total_steps, input_size=input_size)
     run = Run(
         config=config,
         world=world,
@@ -144,6 +147,7 @@ def build_run(config: Config, world: World, hooks: Hooks, checkpoints: Checkpoin
         checkpoints=checkpoints,
         meter=Meter(world, config.data.batch_size),
         tracker=Tracker(),
+        input_size=input_size,
         total_steps=total_steps,
         identity=identity,
         buffers=sharding.BufferGuard(model),
@@ -173,6 +177,7 @@ def capture_state(run: Run) -> dict[str, Any]:
         "scaler": run.scaler.state_dict() if run.scaler else None,
         "run": {
             "step": run.step,
+            "steps_per_epoch": run.steps_per_epoch,
             "closed_epochs": run.closed_epochs,
             "bad_steps": run.bad_steps,
             "skipped": run.skipped,
@@ -184,16 +189,26 @@ def capture_state(run: Run) -> dict[str, Any]:
 
 
 def restore_state(run: Run, state: dict[str, Any]) -> None:
-    """Set `run` to a captured state. With another number of ranks, the ranks' own parts start anew."""
+    """Set `run` to a captured state. With another number of ranks, the ranks' own parts start anew.
+
+    What the state lacks, because it has been switched on since, starts from the state's weights.
+    """
     sharding.load_full_state(run.model, run.optimizer, state["model"], state["optimizer"])
-    if run.pruner is not None:
+    if run.pruner is not None and state["pruner"] is not None:
         run.pruner.load_state_dict(state["pruner"])
+    elif run.pruner is not None:
+        run.pruner.remove()
+        run.pruner = build.build_pruner(
+            run.config, run.model, run.optimizer, total_steps=run.total_steps, input_size=run.input_size
+        )
+        assert run.pruner is not None
+        run.pruner.steps = state["run"]["step"]
     if run.ema is not None:
-        run.ema.module.load_state_dict(state["ema"])
-    if run.scaler is not None:
+        run.ema.module.load_state_dict(state["model"] if state["ema"] is None else state["ema"])
+    if run.scaler is not None and state["scaler"] is not None:
         run.scaler.load_state_dict(state["scaler"])
-    for name, value in state["run"].items():
-        setattr(run, name, value)
+    for name in ("step", "closed_epochs", "bad_steps", "skipped", "best", "results"):
+        setattr(run, name, state["run"][name])
     ranks = state["ranks"]
     own = ranks[run.world.rank] if run.world.rank < len(ranks) else ranks[0]
     run.loaders.train.load_state_dict(own["loader"])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from asp_dist.checkpoint.record import claim_run_dir, finished_summary, run_dir, with_absolute_paths
+from asp_dist.checkpoint.record import claim_run_dir, finished_summary, run_dir, store_config, with_absolute_paths
 from asp_dist.config import Config
 from asp_dist.tracking import build_tracker
 from asp_dist.tracking.schema import LR, TRAIN
@@ -59,6 +59,7 @@ def train(config: Config, world: World, hooks: Hooks | None = None) -> dict[str,
     code = 1
     try:
         resumed = checkpointing.resume(run, places)
+        world.on_main(lambda: store_config(config))
         run.tracker = build_tracker(config, run.folder, rank=world.rank, resume_step=run.step)
         checkpointing.log_events(run, resumed.events)
         if resumed.elsewhere:

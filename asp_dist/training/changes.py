@@ -1,0 +1,150 @@
+"""What becomes of changes to the configuration of a run that resumes: each takes effect, or is refused with the reason."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import nn
+
+from asp_dist.config import Config, OptimizerConfig, check_fixed, differences, from_dict, is_among, refuse_change, to_dict
+from asp_dist.errors import UserError
+from asp_dist.training import build
+from asp_dist.training.run import Run, count_steps
+
+Changes = dict[str, tuple[Any, Any]]
+# Fields whose effect is what they make of the steps ahead.
+PLANNED = ("schedule", "training.max_steps", "pruning.ramp")
+# Fields whose effect is what they make of the optimizer's parameter groups; lr, of the schedule's rates.
+OPTIMIZER = ("optimizer.weight_decay", "optimizer.momentum", "optimizer.kwargs")
+# At most about so many of the steps ahead are compared.
+SAMPLES = 1000
+
+
+def check_changes(run: Run, before: dict[str, Any], state: dict[str, Any]) -> None:
+    """Raise `UserError` if a field was changed that cannot have an effect, or not any more.
+
+    Args:
+        run: the run as it is configured now, at its first step.
+        before: the configuration that the checkpoint was written with, as `to_dict` gives it.
+        state: the checkpoint's state.
+    """
+    changed = differences(before, to_dict(run.config))
+    check_fixed(changed)
+    if not changed:
+        return
+    step = state["run"]["step"]
+    check_steps(run, changed, step, state["run"].get("steps_per_epoch"))
+    check_pruning(run, changed, step, state["pruner"])
+    for name in changed:
+        if is_among(name, (*PLANNED, *OPTIMIZER)):
+            check_effect(run, name, changed, before, step)
+
+
+def check_steps(run: Run, changed: Changes, step: int, steps_per_epoch: int | None) -> None:
+    """Raise `UserError` if the steps done do not fit the epochs as they are now, or no step is left."""
+    if steps_per_epoch not in (None, run.steps_per_epoch):
+        name = next((name for name in changed if is_among(name, ("data",))), next(iter(changed)))
+        refuse_change(name, *changed[name], f"an epoch would have {run.steps_per_epoch} steps instead of {steps_per_epoch}")
+    if step >= run.total_steps:
+        name = next((name for name in changed if is_among(name, PLANNED)), next(iter(changed)))
+        refuse_change(name, *changed[name], f"{step} steps are done, and the run would have {run.total_steps}")
+
+
+def check_pruning(run: Run, changed: Changes, step: int, pruner: dict[str, Any] | None) -> None:
+    """Raise `UserError` if what is pruned, and how, cannot be changed any more."""
+    for name, (before, now) in changed.items():
+        if name == "pruning.enabled":
+            ramp = dataclasses.replace(run.config.pruning.ramp, total_steps=run.total_steps)
+            if not now:
+                refuse_change(name, before, now, "its weights are pruned already")
+            if ramp.share(step) > 0:
+                refuse_change(name, before, now, f"by step {step} the ramp has begun; raise pruning.ramp.start as well")
+        if pruner is None or not is_among(name, ("budget", "pruning")):
+            continue
+        if pruner["frozen"]:
+            refuse_change(name, before, now, "its mask is frozen")
+        if name == "pruning.center" and now is None:
+            refuse_change(name, before, now, "this was decided when the run started")
+        if name == "budget.also" and len(before) != len(now):
+            refuse_change(name, before, now, "the control's state belongs to another number of budgets")
+
+
+def check_effect(run: Run, name: str, changed: Changes, before: dict[str, Any], step: int) -> None:
+    """Raise `UserError` if without its change to the field `name` the run would do the same, or if the state does not fit."""
+    try:
+        without: Config = from_dict(_with_value(to_dict(run.config), name.split("."), changed[name][0]))
+    except UserError:
+        return  # the other changes need this one
+    if is_among(name, PLANNED):
+        if _steps_ahead(run.config, run.steps_per_epoch, step) == _steps_ahead(without, run.steps_per_epoch, step):
+            refuse_change(name, *changed[name], f"it changes nothing from step {step} on")
+        return
+    if _options(without.optimizer, run.model) == _options(run.config.optimizer, run.model):
+        refuse_change(name, *changed[name], f"{run.config.optimizer.name} does not use it")
+    problem = _problem_of_state(from_dict(before["optimizer"], OptimizerConfig), run.config.optimizer)
+    if problem:
+        refuse_change(name, *changed[name], f"the optimizer's state does not fit ({problem})")
+
+
+def change_options(run: Run, before: dict[str, Any], options: list[dict[str, Any]]) -> None:
+    """Give the optimizer what its configuration says now, where the loaded state brought what it said before.
+
+    Args:
+        run: the run, its state loaded.
+        before: the configuration that the checkpoint was written with, as `to_dict` gives it.
+        options: the options of the optimizer's parameter groups before the state was loaded.
+    """
+    if before["optimizer"] == to_dict(run.config.optimizer):
+        return
+    old = _options(from_dict(before["optimizer"], OptimizerConfig), run.model)
+    for group, was, now in zip(run.optimizer.param_groups, old, options):
+        # Some optimizers count in their groups: only what the configuration changed is replaced.
+        group.update({key: value for key, value in now.items() if key not in was or was[key] != value})
+
+
+def group_options(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """The options of each parameter group."""
+    return [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+
+
+def _options(config: OptimizerConfig, model: nn.Module) -> list[dict[str, Any]]:
+    return group_options(build.build_optimizer(config, model))
+
+
+def _with_value(tree: dict[str, Any], path: list[str], value: Any) -> dict[str, Any]:
+    name, *rest = path
+    return {**tree, name: _with_value(tree[name], rest, value) if rest else value}
+
+
+def _steps_ahead(config: Config, steps_per_epoch: int, step: int) -> tuple[Any, ...]:
+    """Everything that is planned from `step` on: its length, learning rates and targets."""
+    total = count_steps(config, steps_per_epoch)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=config.optimizer.lr)
+    scheduler = build.build_scheduler(config.schedule, optimizer, steps_per_epoch)
+    ramp = dataclasses.replace(config.pruning.ramp, total_steps=total)
+    rates = []
+    for ahead in range(step, total, max((total - step) // SAMPLES, 1)):
+        scheduler.step_update(ahead)
+        rates.append((optimizer.param_groups[0]["lr"], ramp.share(ahead + 1)))
+    return total, ramp.freeze_step(), rates
+
+
+def _problem_of_state(before: OptimizerConfig, now: OptimizerConfig) -> str:
+    """What goes wrong when an optimizer goes on from the state of one with other options: tried on a small network."""
+    network = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Linear(4, 4))
+    one, other = (build.build_optimizer(config, network) for config in (before, now))
+    options = group_options(other)
+    try:
+        for optimizer in (one, other):
+            if optimizer is other:
+                other.load_state_dict(one.state_dict())
+                for group, values in zip(other.param_groups, options):
+                    group.update(values)
+            for parameter in network.parameters():
+                parameter.grad = torch.ones_like(parameter)
+            optimizer.step()
+    except (KeyError, ValueError, RuntimeError, TypeError, AttributeError, AssertionError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""

@@ -1,0 +1,265 @@
+"""Every field of the configuration, changed when a run resumes: it shows its effect, or is refused with the reason."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_runs import digits_config, small_config, with_changes
+from test_resume import curve, last_state
+
+from asp_dist.checkpoint.record import run_dir
+from asp_dist.config import FREE_ON_RESUME, BudgetConfig, Config, flatten, is_among, to_dict
+from asp_dist.data import prepare_digits
+from asp_dist.errors import UserError
+from asp_dist.pruning import Budget, Ramp
+from asp_dist.tracking import read_rows
+from asp_dist.training.hooks import Hooks, Stopped
+from asp_dist.training.run import Run
+from asp_dist.training.trainer import train
+from asp_dist.training.world import World
+
+EFFECT = "effect"
+# 12 steps, of which the checkpoint has 5: the target is reached after 7, the mask is frozen after 9.
+RAMP = Ramp("cubic", 0.25, 0.6, freeze_at=0.75)
+BASES: dict[str, dict[str, Any]] = {
+    "track": {"pruning__control": "track", "pruning__ramp": RAMP},
+    "frozen": {"pruning__control": "track", "pruning__ramp": RAMP},  # its checkpoint has 10 steps
+    "centered": {"pruning__control": "track", "pruning__ramp": RAMP, "pruning__center": False},
+    "power": {"pruning__control": "track", "pruning__ramp": RAMP, "pruning__operator": "power"},
+    "loss": {"pruning__ramp": RAMP},
+    "dense": {"pruning__enabled": False, "pruning__ramp": Ramp(start=0.5, end=0.6, shape="linear")},
+    "adamw": {"pruning__enabled": False, "optimizer__name": "adamw", "optimizer__lr": 0.002},
+    "undecayed": {"pruning__enabled": False, "optimizer__weight_decay": 0.0},
+    "step": {"pruning__enabled": False, "schedule__name": "step", "schedule__decay_epochs": (2.0,)},
+    "warmed": {"pruning__enabled": False, "schedule__warmup_epochs": 1.0},
+    "averaged": {"pruning__enabled": False, "training__ema_decay": 0.9},
+    "digits": {"pruning__enabled": False, "training__max_steps": 12},
+    "policy": {"pruning__enabled": False, "training__max_steps": 12, "data__augment__policy": "randaugment"},
+}
+TABLE: list[tuple[str, Any, str, str]] = [  # field, value, base, effect or the reason of the refusal
+    ("model.name", "cifar_resnet32", "dense", "weights of another network"),
+    ("model.pretrained", True, "dense", "this one has started"),
+    ("model.weights", "weights.pth", "dense", "this one has started"),
+    ("model.kwargs", {"in_chans": 3, "num_classes": 5}, "dense", "multiple values"),
+    ("data.root", "renamed", "digits", EFFECT),
+    ("data.backend", "torch", "digits", EFFECT),
+    ("data.format", "shards", "digits", "shard"),
+    ("data.train", "val", "digits", "steps instead of 11"),
+    ("data.val", "train", "digits", EFFECT),
+    ("data.batch_size", 64, "digits", "steps instead of 11"),
+    ("data.batch_size", 129, "digits", EFFECT),
+    ("data.input_size", 16, "digits", EFFECT),
+    ("data.progressive_sizes", (16,), "digits", EFFECT),
+    ("data.synthetic_samples", (128, 30), "dense", "8 steps instead of 4"),
+    ("data.synthetic_samples", (64, 40), "dense", EFFECT),
+    ("data.synthetic_classes", 5, "dense", "does not fit this run"),
+    ("data.augment.scale", (0.3, 0.5), "digits", EFFECT),
+    ("data.augment.ratio", (0.5, 0.6), "digits", EFFECT),
+    ("data.augment.hflip", 1.0, "digits", EFFECT),
+    ("data.augment.vflip", 1.0, "digits", EFFECT),
+    ("data.augment.color_jitter", 0.5, "digits", EFFECT),
+    ("data.augment.policy", "trivialaugment", "policy", EFFECT),
+    ("data.augment.policy_ops", 4, "policy", EFFECT),
+    ("data.augment.policy_magnitude", 30, "policy", EFFECT),
+    ("data.augment.erase", 1.0, "digits", EFFECT),
+    ("data.augment.repeats", 2, "digits", EFFECT),
+    ("data.augment.mixup", 1.0, "digits", EFFECT),
+    ("data.augment.cutmix", 1.0, "digits", EFFECT),
+    ("optimizer.name", "adamw", "dense", "another optimizer's state"),
+    ("optimizer.lr", 0.05, "dense", EFFECT),
+    ("optimizer.weight_decay", 0.01, "dense", EFFECT),
+    ("optimizer.weight_decay", 0.01, "adamw", EFFECT),
+    ("optimizer.weight_decay", 0.01, "undecayed", "different number of parameter groups"),
+    ("optimizer.momentum", 0.5, "dense", EFFECT),
+    ("optimizer.momentum", 0.5, "adamw", EFFECT),
+    ("optimizer.kwargs", {"nesterov": False}, "dense", EFFECT),
+    ("optimizer.kwargs", {"eps": 0.1}, "adamw", EFFECT),
+    ("optimizer.kwargs", {"amsgrad": True}, "adamw", "max_exp_avg_sq"),
+    ("optimizer.clip_grad", 0.01, "dense", EFFECT),
+    ("schedule.name", "poly", "dense", EFFECT),
+    ("schedule.epochs", 4, "dense", EFFECT),
+    ("schedule.epochs", 1, "dense", "5 steps are done, and the run would have 4"),
+    ("schedule.warmup_epochs", 2.0, "dense", EFFECT),
+    ("schedule.warmup_lr", 0.01, "warmed", "changes nothing from step 5 on"),
+    ("schedule.min_lr", 0.02, "dense", EFFECT),
+    ("schedule.decay_epochs", (2.5,), "step", EFFECT),
+    ("schedule.decay_rate", 0.5, "step", EFFECT),
+    ("schedule.decay_epochs", (2.5,), "dense", "changes nothing from step 5 on"),
+    ("training.seed", 7, "digits", EFFECT),
+    ("training.precision", "bfloat16", "dense", EFFECT),
+    ("training.precision", "float16", "dense", EFFECT),
+    ("training.channels_last", True, "dense", EFFECT),
+    ("training.accumulate", 2, "dense", EFFECT),
+    ("training.label_smoothing", 0.2, "dense", EFFECT),
+    ("training.ema_decay", 0.5, "dense", EFFECT),
+    ("training.ema_decay", 0.5, "averaged", EFFECT),
+    ("training.ema_decay", None, "averaged", EFFECT),
+    ("training.parallel", "fsdp", "dense", "in another form"),
+    ("training.eval_every", 3, "dense", EFFECT),
+    ("training.max_steps", 8, "dense", EFFECT),
+    ("training.max_steps", 100, "dense", "changes nothing from step 5 on"),
+    ("budget.cost", "macs", "track", EFFECT),
+    ("budget.sparsity", 0.5, "track", EFFECT),
+    ("budget.sparsity", 0.5, "loss", EFFECT),
+    ("budget.density", 0.3, "track", EFFECT),
+    ("budget.count", 100_000, "track", EFFECT),
+    ("budget.bound", "at_most", "loss", EFFECT),
+    ("budget.scope", "layer", "track", "other scope"),
+    ("budget.also", (Budget.macs(density=0.5, bound="at_most"),), "track", "another number of budgets"),
+    ("budget.sparsity", 0.5, "frozen", "its mask is frozen"),
+    ("pruning.enabled", True, "dense", EFFECT),
+    ("pruning.enabled", False, "track", "pruned already"),
+    ("pruning.enabled", True, "adamw", "the ramp has begun"),
+    ("pruning.control", "loss", "track", "another control's state"),
+    ("pruning.loss.weight", 1.0, "loss", EFFECT),
+    ("pruning.loss.threshold_lr", 0.5, "loss", EFFECT),
+    ("pruning.loss.initial_threshold", 2.0, "loss", "this one has started"),
+    ("pruning.loss.momentum", 0.1, "loss", EFFECT),
+    ("pruning.loss.density", "measured", "loss", EFFECT),
+    ("pruning.loss.multiplier", True, "loss", EFFECT),
+    ("pruning.track.allocation", "uniform", "track", "this one has started"),
+    ("pruning.track.rate", 0.1, "track", EFFECT),
+    ("pruning.ramp.shape", "linear", "track", EFFECT),
+    ("pruning.ramp.start", 0.3, "track", EFFECT),
+    ("pruning.ramp.end", 0.7, "track", EFFECT),
+    ("pruning.ramp.freeze_at", 0.65, "track", EFFECT),
+    ("pruning.ramp.end", 0.7, "frozen", "its mask is frozen"),
+    ("pruning.ramp.total_steps", 50, "track", "it follows from the schedule"),
+    ("pruning.select.min_weights", 500, "track", "other layers"),
+    ("pruning.select.include", ("layer1*",), "track", "other layers"),
+    ("pruning.select.exclude", ("layer1*",), "track", "other layers"),
+    ("pruning.select.first", False, "track", "other layers"),
+    ("pruning.select.last", False, "track", "other layers"),
+    ("pruning.operator", "soft", "track", EFFECT),
+    ("pruning.operator", "soft", "frozen", "its mask is frozen"),
+    ("pruning.power.p", 2.0, "power", EFFECT),
+    ("pruning.min_density", 0.05, "track", EFFECT),
+    ("pruning.center", True, "centered", EFFECT),
+    ("pruning.center", None, "centered", "decided when the run started"),
+    ("pruning.gradient_scale", 0.5, "track", EFFECT),
+]
+# A copy of another run, or an option of what one process on a CPU has not.
+NOT_HERE = {
+    "name": "another name is another run",
+    "training.device": "the ranks choose it when they meet",
+    "training.compile": "it changes how the network is computed, and takes a minute",
+    "training.sync_batch_norm": "one worker has nothing to synchronize, and two without CUDA are refused",
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+class StopAfter(Hooks):
+    """Asks to stop after an optimizer step, and not in the validation before it."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+        self.run: Run | None = None
+
+    def after_step(self, run: Run) -> None:
+        self.run = run
+
+    def stop_requested(self) -> str | None:
+        due = self.run is not None and self.run.step >= self.step - 1 and self.run.model.training
+        return "SIGTERM" if due else None
+
+
+class Bases:
+    """Runs that were stopped, each made once, and what becomes of them if nothing is changed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @cache  # noqa: B019 (lives as long as the module's tests)
+    def data(self) -> Path:
+        """The digits, and beside them the same with the classes called otherwise."""
+        root = Path(prepare_digits(self.folder / "digits"))
+        for split in ("train", "val"):
+            for number, one in enumerate(sorted((root / split).iterdir())):
+                shutil.copytree(one, root.parent / "renamed" / split / f"{9 - number}", copy_function=shutil.copy)
+        return root
+
+    def config(self, base: str) -> Config:
+        changes = {"budget": BudgetConfig(sparsity=0.9), **BASES[base]}
+        if base in ("digits", "policy"):
+            config = digits_config(self.folder / base, self.data())
+            return with_changes(config, training__ema_decay=None, data__augment__mixup=0.0, **changes)
+        return small_config(self.folder / base, **changes)
+
+    @cache  # noqa: B019
+    def stopped(self, base: str) -> Path:
+        config = self.config(base)
+        with pytest.raises(Stopped):
+            train(config, World(), StopAfter(10 if base == "frozen" else 5))
+        return run_dir(config)
+
+    @cache  # noqa: B019
+    def unchanged(self, base: str) -> Path:
+        return self.resumed(base, self.folder / f"{base}-unchanged")
+
+    def resumed(self, base: str, folder: Path, **changes: Any) -> Path:
+        """The folder of a copy of the stopped run that went on, with some fields changed."""
+        copy = folder / "run"
+        shutil.copytree(self.stopped(base), copy)
+        allowed = tuple(name.replace("__", ".") for name in changes)
+        config = with_changes(self.config(base), output__dir=str(folder), resume__allow_changes=allowed, **changes)
+        train(config, World())
+        return copy
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Bases:
+    return Bases(tmp_path_factory.mktemp("bases"))
+
+
+def flat_leaves(prefix: str, part: Any) -> list[str]:
+    """The dotted names of all fields."""
+    names = []
+    for field in dataclasses.fields(part):
+        value = getattr(part, field.name)
+        name = f"{prefix}{field.name}"
+        names += flat_leaves(f"{name}.", value) if dataclasses.is_dataclass(value) else [name]
+    return names
+
+
+def test_the_table_has_every_field() -> None:
+    known = {name for name, *_ in TABLE} | set(NOT_HERE)
+    missing = [name for name in flat_leaves("", Config()) if name not in known and not is_among(name, FREE_ON_RESUME)]
+    assert not missing
+    assert set(flatten(to_dict(Config()))) >= known  # and no field that there is not
+
+
+@pytest.mark.parametrize(("field", "value", "base", "expected"), TABLE, ids=[f"{t[0]}-{t[2]}-{t[1]}" for t in TABLE])
+def test_a_change_has_an_effect_or_is_refused(
+    bases: Bases, tmp_path: Path, field: str, value: Any, base: str, expected: str
+) -> None:
+    if field == "data.root":
+        value = str(bases.data().parent / value)
+    changes = {field.replace(".", "__"): value}
+    if field in ("budget.density", "budget.count"):  # in place of the sparsity
+        changes = {"budget": BudgetConfig(**{field.removeprefix("budget."): value})}
+    if expected != EFFECT:
+        before = (bases.stopped(base) / "config.yaml").read_text()
+        with pytest.raises(UserError, match=expected):
+            bases.resumed(base, tmp_path, **changes)
+        assert (tmp_path / "run" / "config.yaml").read_text() == before  # the next start is of the same run
+        return
+    changed, unchanged = bases.resumed(base, tmp_path, **changes), bases.unchanged(base)
+    events = [str(row["message"]) for row in read_rows(changed / "metrics.jsonl") if row["kind"] == "event"]
+    assert any(f"{field} " in message for message in events)
+    assert differ(last_state(changed), last_state(unchanged)) or curve(changed) != curve(unchanged)
+    assert (changed / "summary.json").is_file()
+
+
+def differ(one: Any, two: Any) -> bool:
+    """Whether the models of two states differ."""
+    return any(not torch.equal(tensor, two["model"][name]) for name, tensor in one["model"].items())
