@@ -14,7 +14,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor, nn
 
 from asp_dist.config import ModelConfig
-from asp_dist.errors import UserError
+from asp_dist.errors import UserError, check
 from asp_dist.pretrained import read_weights, starting_weights
 
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
@@ -228,8 +228,8 @@ def build_model(config: ModelConfig, num_classes: int, input_size: int | None = 
         input_size: image side; models whose parameters depend on it (vision transformers) are built for it.
 
     Raises:
-        UserError: unknown name, a weights file that is unreadable or for another network, or arguments that the model does
-            not take.
+        UserError: unknown name, a weights file that is unreadable or for another network, arguments that the model does not
+            take, or trained weights for other classes without ``new_classifier``.
         OSError: the file system with the weights does not answer.
     """
     check_model_name(config.name)
@@ -239,7 +239,14 @@ def build_model(config: ModelConfig, num_classes: int, input_size: int | None = 
         kwargs.setdefault("img_size", input_size)
     loading: AbstractContextManager[None] = nullcontext()
     if config.weights is not None:
-        loading = starting_weights(config.weights, config.name, read_weights(config.weights))
+        weights = read_weights(config.weights)
+        loading = starting_weights(config.weights, config.name, weights, new_classifier=config.new_classifier)
+    elif config.pretrained and default is not None:
+        check(
+            config.new_classifier or default.num_classes == num_classes,
+            f"model.pretrained: the weights of {config.name} have {default.num_classes} classes, the data {num_classes}: add "
+            "model.new_classifier = true to train a new classifier on them",
+        )
     try:
         with loading:
             pretrained = config.pretrained or config.weights is not None

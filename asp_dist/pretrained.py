@@ -66,7 +66,7 @@ def read_weights(file: str) -> dict[str, Any]:
 
 
 @contextmanager
-def starting_weights(file: str, name: str, weights: dict[str, Any]) -> Iterator[None]:
+def starting_weights(file: str, name: str, weights: dict[str, Any], *, new_classifier: bool = False) -> Iterator[None]:
     """Within it, a model that timm builds with ``pretrained=True`` starts from `weights`.
 
     timm itself keeps a classifier only if the file is for as many classes as the registry says, and is silent about what
@@ -77,12 +77,13 @@ def starting_weights(file: str, name: str, weights: dict[str, Any]) -> Iterator[
         file: where the weights come from, for messages.
         name: the model's name, for messages.
         weights: what `read_weights` gave.
+        new_classifier: whether the classifier may be left random.
     """
     with _patching:
         timms = _builder.load_pretrained
 
         def load(model: nn.Module, **arguments: Any) -> None:
-            _load(timms, model, file, name, dict(weights), **arguments)
+            _load(timms, model, file, name, dict(weights), new_classifier, **arguments)
 
         _builder.load_pretrained = load
         try:
@@ -97,6 +98,7 @@ def _load(
     file: str,
     name: str,
     weights: dict[str, Any],
+    new_classifier: bool,
     *,
     pretrained_cfg: dict[str, Any],
     num_classes: int,
@@ -106,7 +108,8 @@ def _load(
     """Load what fits of `weights` into `model`; see `timm.models.load_pretrained` for the other arguments.
 
     Raises:
-        UserError: nothing fits, or something other than the classifier has another shape.
+        UserError: nothing fits; something other than the classifier has another shape; or there is no classifier for as many
+            classes, and none is to be trained anew.
     """
     what = f"model.weights = {file!r}"
     misfit = f"{what} does not fit model.name = {name!r}"
@@ -131,6 +134,12 @@ def _load(
         if value.shape != wanted[key].shape and key.removesuffix(".weight") not in convolutions
     ]
     check(not different, f"{misfit}: {_few(different, shown=1)}")
+    classifiers = [f"{name}.weight" for name in _as_tuple(pretrained_cfg.get("classifier"))]
+    check(
+        new_classifier or all(key in fitting for key in classifiers if key in wanted),
+        f"{what} has {_classes_of(dropped) or 'no classifier'}, the data {num_classes} classes: add "
+        "model.new_classifier = true to train a new classifier on these weights",
+    )
     # What is left is complete in timm's eyes: a classifier that fits, and no offset of its labels.
     source = {
         **pretrained_cfg,
@@ -149,8 +158,7 @@ def _load(
     unused += [key for key in tensors if key not in wanted]
     notes = []
     if dropped:
-        classes = f"the file has {', '.join(map(str, sorted(set(dropped.values()))))} classes, the data {num_classes}"
-        notes.append(f"{', '.join(dropped)} left random: {classes}")
+        notes.append(f"{', '.join(dropped)} left random: the file has {_classes_of(dropped)}, the data {num_classes}")
     if missing:
         notes.append(f"{len(missing)} missing from the file, left random: {_few(missing)}")
     if unused:
@@ -178,6 +186,10 @@ def _drop_classifiers(fitting: dict[str, Tensor], pretrained_cfg: dict[str, Any]
     for key in dropped:
         del fitting[key]
     return dropped
+
+
+def _classes_of(dropped: dict[str, int]) -> str:
+    return ", ".join(map(str, sorted(set(dropped.values())))) + " classes" if dropped else ""
 
 
 def _as_tuple(names: str | Sequence[str] | None) -> tuple[str, ...]:

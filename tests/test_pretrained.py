@@ -15,11 +15,12 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
-from small_runs import small_config
+from small_runs import digits_config, small_config
 from torch import Tensor, nn
 
 from asp_dist.checkpoint.record import run_dir
-from asp_dist.config import ModelConfig
+from asp_dist.config import AugmentConfig, ModelConfig
+from asp_dist.data import prepare_digits
 from asp_dist.errors import UserError
 from asp_dist.models import build_model
 from asp_dist.training.trainer import train
@@ -34,8 +35,8 @@ def state_of(name: str, classes: int, **kwargs: Any) -> dict[str, Tensor]:
     return {k: v + torch.rand_like(v) / 8 if v.is_floating_point() else v + 3 for k, v in state.items()}
 
 
-def build(file: Path, name: str, classes: int, size: int = 32) -> nn.Module:
-    return build_model(ModelConfig(name=name, weights=str(file)), classes, size)
+def build(file: Path, name: str, classes: int, size: int = 32, *, new: bool = False) -> nn.Module:
+    return build_model(ModelConfig(name=name, weights=str(file), new_classifier=new), classes, size)
 
 
 def unequal(model: nn.Module, state: dict[str, Tensor]) -> list[str]:
@@ -80,13 +81,28 @@ def test_a_classifier_for_other_classes_is_left_random_and_that_is_said(
     state = state_of("test_resnet", rows)
     file = save(state, tmp_path, "safetensors")
     with caplog.at_level(logging.INFO, logger="asp_dist"):
-        model = build(file, "test_resnet", classes)
+        model = build(file, "test_resnet", classes, new=True)
     assert unequal(model, state) == ["fc.weight", "fc.bias"]
     assert model.get_parameter("fc.weight").shape[0] == classes and model.get_parameter("fc.weight").std() > 0
     (record,) = [r for r in caplog.records if r.name.startswith("asp_dist")]
     assert record.levelno == logging.WARNING
     assert f"fc.weight, fc.bias left random: the file has {rows} classes, the data {classes}" in record.getMessage()
     assert f"{len(state) - 2} of {len(state)} tensors" in record.getMessage()
+
+
+def test_a_random_classifier_on_trained_weights_is_an_error_unless_asked_for(tmp_path: Path) -> None:
+    state = state_of("test_resnet", 12)
+    with pytest.raises(UserError, match=r"has 12 classes, the data 10 classes: add model.new_classifier = true"):
+        build(save(state, tmp_path, "safetensors"), "test_resnet", 10)
+    headless = {key: value for key, value in state.items() if not key.startswith("fc.")}
+    with pytest.raises(UserError, match=r"has no classifier, the data 10 classes: add model.new_classifier = true"):
+        build(save(headless, tmp_path, "safetensors"), "test_resnet", 10)
+    assert unequal(build(save(headless, tmp_path, "safetensors"), "test_resnet", 10, new=True), state) == [
+        "fc.weight",
+        "fc.bias",
+    ]
+    with pytest.raises(UserError, match=r"weights of resnet18 have 1000 classes, the data 10"):  # before any download
+        build_model(ModelConfig(name="resnet18", pretrained=True), 10)
 
 
 def test_missing_and_unexpected_names_are_listed_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -129,7 +145,7 @@ def test_a_classifier_is_known_by_its_name_in_the_original_release_too(tmp_path:
         key = key.replace("stem.", "downsample_layers.0.").replace("conv_dw", "dwconv").replace("mlp.fc", "pwconv")
         original[key.replace("head.norm.", "norm.").replace("head.fc.", "head.")] = value
     assert {"norm.weight", "head.weight", "downsample_layers.0.0.weight"} <= original.keys()
-    model = build(save(original, tmp_path, "safetensors"), "test_convnext", 7)
+    model = build(save(original, tmp_path, "safetensors"), "test_convnext", 7, new=True)
     assert unequal(model, state) == different
 
 
@@ -221,6 +237,22 @@ def test_other_models_load_as_ever_afterwards(tmp_path: Path) -> None:
     overlay = {"file": str(file)}  # without a number of classes: timm takes the file for ImageNet's
     model = timm.create_model("test_resnet", num_classes=10, pretrained=True, pretrained_cfg_overlay=overlay)
     assert unequal(model, state) == ["fc.weight", "fc.bias"]
+
+
+def test_a_fine_tuned_resnet18_has_its_accuracy_at_the_first_validation(tmp_path: Path) -> None:
+    """Ten classes, learned by one run, in the file that the next one starts from."""
+    changes: dict[str, Any] = {
+        "training__ema_decay": None,
+        "data__augment": AugmentConfig(scale=(0.9, 1.0), hflip=0.0),
+        "pruning__enabled": False,
+    }
+    root = Path(prepare_digits(tmp_path / "digits"))
+    first = digits_config(tmp_path, root, "first", model=ModelConfig(name="resnet18"), schedule__epochs=2, **changes)
+    learned = train(first, World())["top1"]
+    model = ModelConfig(name="resnet18", weights=str(run_dir(first) / "model.safetensors"))
+    second = digits_config(tmp_path, root, "second", model=model, optimizer__lr=1e-9, training__max_steps=1, **changes)
+    assert learned > 0.5
+    assert abs(train(second, World())["top1"] - learned) < 0.03  # one step moves batch norm's statistics
 
 
 def test_a_run_that_starts_from_another_runs_model_starts_where_that_ended(tmp_path: Path) -> None:

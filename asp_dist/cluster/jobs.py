@@ -202,13 +202,14 @@ def on_cluster(config: Config, root: str | os.PathLike[str]) -> Config:
     def on_nodes(path: str) -> str:
         return path if "://" in path else os.path.normpath(Path(root) / path)
 
-    weights = config.model.weights
+    weights, start = config.model.weights, config.resume.from_run
     return dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, weights=weights and on_nodes(weights)),
         data=dataclasses.replace(config.data, root=on_nodes(config.data.root)),
         output=dataclasses.replace(config.output, dir=on_nodes(config.output.dir)),
         cluster=dataclasses.replace(config.cluster, address=None),
+        resume=dataclasses.replace(config.resume, from_run=start and on_nodes(start)),
     )
 
 

@@ -26,13 +26,15 @@ class ModelConfig:
     Args:
         name: timm model name, such as ``resnet50``.
         pretrained: start from timm's published weights (needs a network), or from `weights` if that is set.
-        weights: a local ``.safetensors`` or ``.pth`` file to start from.
+        weights: a local ``.safetensors`` or ``.pth`` file to start from, such as another run's ``model.safetensors``.
+        new_classifier: train a new classifier on trained weights that have none for the data's classes; False: an error.
         kwargs: further arguments of ``timm.create_model``, such as ``drop_path_rate``.
     """
 
     name: str = "resnet18"
     pretrained: bool = False
     weights: str | None = None
+    new_classifier: bool = False
     kwargs: dict[str, Any] = field(default_factory=dict)
 
 
@@ -413,10 +415,13 @@ class ResumeConfig:
     Args:
         enabled: resume from its latest checkpoint; False refuses to touch it.
         allow_changes: dotted names of fields that may differ from the run's own config.
+        from_run: folder of another run, whose latest checkpoint a new run starts with: weights, optimizer and thresholds, at
+            step 0 of the new run's schedule. For its weights alone, give its file as ``model.weights``.
     """
 
     enabled: bool = True
     allow_changes: tuple[str, ...] = ()
+    from_run: str | None = None
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ FIXED_ON_RESUME = {
     "model.name": "the checkpoints have the weights of another network",
     "model.pretrained": _AT_START,
     "model.weights": _AT_START,
+    "model.new_classifier": _AT_START,
     "optimizer.name": "the checkpoints have another optimizer's state",
     "training.parallel": "the checkpoints have the optimizer's state in another form",
     "budget.scope": "the control's state belongs to budgets of the other scope",

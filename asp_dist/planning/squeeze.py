@@ -93,6 +93,9 @@ def squeeze(config: Config, folder: Path, *, steps: int, batch_size: int, input_
     if config.model.pretrained and not config.model.weights:
         squeezed = replace(squeezed, model=replace(config.model, pretrained=False))
         changes.append("model.pretrained: off, a rehearsal downloads nothing")
+    if config.resume.from_run is not None:
+        squeezed = replace(squeezed, resume=replace(config.resume, from_run=None))
+        changes.append("resume.from_run: off, a rehearsal starts from fresh weights")
     return squeezed, changes
 
 

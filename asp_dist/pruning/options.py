@@ -92,7 +92,9 @@ class Budget:
 
 @dataclass(frozen=True)
 class Ramp:
-    """The target over the run: from dense at `start` to the budget at `end`; positions are shares of `total_steps`.
+    """The target over the run: from `initial`, usually dense, at `start` to the budget at `end`.
+
+    Positions are shares of `total_steps`.
 
     Args:
         shape: ``constant`` (the budget from the first step on), ``linear``, or ``cubic``: 1 − (1 − x)³ of the final sparsity,
@@ -102,6 +104,7 @@ class Ramp:
         freeze_at: share of the run at which the weights are projected onto the exact budget and the mask is frozen;
             None: never.
         total_steps: length of the run in optimizer steps; required unless the target is constant and never frozen.
+        initial: share of the final sparsity that a ramp begins with, in [0, 1): for a network that is pruned already.
 
     Raises:
         ValueError: 0 <= start <= end <= freeze_at <= 1 is violated.
@@ -112,9 +115,12 @@ class Ramp:
     end: float = 0.5
     freeze_at: float | None = None
     total_steps: int | None = None
+    initial: float = 0.0
 
     def __post_init__(self) -> None:
         _check_choice("shape", self.shape, RampShape)
+        if not 0.0 <= self.initial < 1.0:
+            raise ValueError(f"initial = {self.initial} is outside [0, 1): it is a share of the final sparsity")
         for field in ("start", "end", "freeze_at"):
             _check_fraction(field, getattr(self, field))
         if self.start > self.end:
@@ -135,7 +141,8 @@ class Ramp:
             return 1.0
         first, last = self.start * self.total_steps, self.end * self.total_steps
         x = 1.0 if step >= last else max(0.0, (step - first) / max(last - first, 1.0))
-        return x if self.shape == "linear" else 1.0 - (1.0 - x) ** 3
+        rise = x if self.shape == "linear" else 1.0 - (1.0 - x) ** 3
+        return self.initial + (1.0 - self.initial) * rise
 
     def arrival_step(self) -> int:
         """The optimizer step from which the target is the final one."""

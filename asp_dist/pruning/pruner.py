@@ -141,8 +141,7 @@ class Pruner:
             self.sigmas = sums.sigmas
             self.thresholds = self.controller.start(self.sigmas)
             self._write_pruned(self.layers, sums.means)
-            self.statistics.count_all(self._weight_thresholds())
-            self._observe(self.statistics.reduce(self._products))
+            self._count_all()
         self._hooks = [StepHooks(one, self._before_step, self._after_step) for one in self.optimizers]
 
     # The optimizer's step.
@@ -242,6 +241,11 @@ class Pruner:
             if id(layer) in chosen:
                 mean = float(means[index]) if self.center and means is not None else 0.0
                 write_pruned(self.operator, layer.flat_dense(), mean, threshold, layer.flat_pruned())
+
+    def _count_all(self) -> None:
+        """Count all layers at the current thresholds, for the density model; a collective."""
+        self.statistics.count_all(self._weight_thresholds())
+        self._observe(self.statistics.reduce(self._products))
 
     def _observe(self, sums: LayerSums) -> None:
         """Update the density model with the counts at the current thresholds."""
@@ -404,11 +408,7 @@ class Pruner:
         Raises:
             ValueError: the state is of other layers, or the model's weights are not those that the frozen mask leaves.
         """
-        if list(state["dense"]) != list(self.costs.names):
-            different = sorted(set(state["dense"]) ^ set(self.costs.names)) or ["(another order)"]
-            raise ValueError(f"the pruner's state is of other layers; first difference: {different[0]!r}")
-        for layer in self.layers:
-            layer.scatter_(state["dense"][layer.info.name].to(self.device), layer.dense)
+        self._load_dense(state)
         self.steps, self.frozen, self.skipped = state["steps"], state["frozen"], state["skipped"]
         if self._center is None:
             self.center = state["center"]
@@ -427,6 +427,37 @@ class Pruner:
                     "prunes the model: load the model's state after that, and before the pruner's"
                 )
         self.statistics.load_state_dict(state["statistics"], self._weight_thresholds())
+
+    @torch.no_grad()
+    def start_from(self, state: dict[str, Any]) -> None:
+        """Begin with the dense weights, the thresholds and the allocation of another Pruner's `state_dict`, at its own step.
+
+        Build the Pruner, load the model's state of the same moment, then call this; a collective. The mask is not frozen,
+        whether that one's was or not. The other Pruner had the same kind of control and as many budgets.
+
+        Raises:
+            ValueError: the state is of other layers.
+        """
+        self._load_dense(state)
+        if state["frozen"]:  # the kept weights are the model's; the dense ones are zero there
+            for layer in self.layers:
+                layer.dense.add_(layer.pruned)
+        if self._center is None:
+            self.center = state["center"]
+        self.density_model.load_state_dict(state["density_model"])
+        self.controller.load_state_dict(state["controller"])
+        self.controller.begin()
+        self.thresholds = state["thresholds"].clone()
+        self.sigmas = self.statistics.reduce(self._products).sigmas
+        self._write_pruned(self.layers)
+        self._count_all()
+
+    def _load_dense(self, state: dict[str, Any]) -> None:
+        if list(state["dense"]) != list(self.costs.names):
+            different = sorted(set(state["dense"]) ^ set(self.costs.names)) or ["(another order)"]
+            raise ValueError(f"the pruner's state is of other layers; first difference: {different[0]!r}")
+        for layer in self.layers:
+            layer.scatter_(state["dense"][layer.info.name].to(self.device), layer.dense)
 
     @staticmethod
     def _kept_zeros(layer: LayerWeights) -> int:

@@ -31,6 +31,7 @@ from asp_dist.tracking.schema import (
 )
 from asp_dist.training.changes import change_options, check_changes, group_options
 from asp_dist.training.run import Run, capture_state, restore_state
+from asp_dist.training.warm_start import start_from_run
 
 log = logging.getLogger(__name__)
 
@@ -202,7 +203,7 @@ def resume(run: Run, places: Sequence[str | None] = ()) -> Resumed:
     answer = run.world.on_main(find)
     events = run.checkpoints.events()
     if answer is None:
-        return Resumed(events)
+        return Resumed([*events, start_from_run(run)] if run.config.resume.from_run is not None else events)
     name, index = answer
     place = run.checkpoints.store if index < 0 else stores[index]
     try:

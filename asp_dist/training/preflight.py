@@ -17,6 +17,7 @@ from asp_dist.errors import UserError, check
 from asp_dist.models import build_model, check_model_name
 from asp_dist.training import build
 from asp_dist.training.run import count_steps
+from asp_dist.training.warm_start import check_start
 from asp_dist.training.world import group_sizes, share_problem, started_by_torchrun
 
 
@@ -50,12 +51,14 @@ def preflight(config: Config) -> Preflight:
     check_model_name(config.model.name)
     build.check_optimizer(config.optimizer.name)
     data = inspect_data(config.data)
+    resumes = check_run_dir(config) is not None
+    if not resumes:
+        check_start(config)
     world_size = planned_world_size(config)
     check_batch(config, data)
     steps_per_epoch = data.num_train // config.data.batch_size
     total_steps = count_steps(config, steps_per_epoch)
     check_budget(config, data, total_steps, steps_per_epoch)
-    resumes = check_run_dir(config) is not None
     return Preflight(data, steps_per_epoch, total_steps, world_size, resumes)
 
 

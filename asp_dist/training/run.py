@@ -12,6 +12,7 @@ import torch
 from timm.data import Mixup, resolve_model_data_config
 from timm.utils import ModelEmaV3
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from asp_dist.checkpoint.format import capture_rng, restore_rng, seed_everything
 from asp_dist.checkpoint.manager import CheckpointManager
@@ -22,12 +23,37 @@ from asp_dist.data.images import build_spec
 from asp_dist.models import build_model
 from asp_dist.pruning import Pruner, Snapshot
 from asp_dist.tracking import Tracker
-from asp_dist.training import build, sharding
+from asp_dist.training import build
 from asp_dist.training.hooks import Hooks
 from asp_dist.training.meter import Meter
 from asp_dist.training.world import World
 
 log = logging.getLogger(__name__)
+
+
+class BufferGuard:
+    """A copy of a model's buffers from before the step: a batch with bad numbers must not stay in batch norm."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._buffers = [buffer for buffer in model.buffers() if not isinstance(buffer, DTensor)]
+        self._copies = [buffer.clone() for buffer in self._buffers]
+
+    @torch.no_grad()
+    def keep(self) -> None:
+        """Remember the buffers as they are."""
+        if self._buffers:
+            torch._foreach_copy_(self._copies, self._buffers)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put them back."""
+        if self._buffers:
+            torch._foreach_copy_(self._buffers, self._copies)
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """The buffers themselves."""
+        return self._buffers
 
 
 @dataclass
@@ -68,7 +94,7 @@ class Run:
     input_size: tuple[int, int, int]
     total_steps: int
     identity: str
-    buffers: sharding.BufferGuard
+    buffers: BufferGuard
     step: int = 0
     closed_epochs: int = 0
     bad_steps: int = 0
@@ -150,7 +176,7 @@ def build_run(config: Config, world: World, hooks: Hooks, checkpoints: Checkpoin
         input_size=input_size,
         total_steps=total_steps,
         identity=identity,
-        buffers=sharding.BufferGuard(model),
+        buffers=BufferGuard(model),
     )
     seed_everything(training.seed + 1000003 * (1 + world.rank))  # each rank draws its own dropout and mixup
     return run
@@ -165,10 +191,10 @@ def capture_state(run: Run) -> dict[str, Any]:
             "meter": run.meter.state_dict(),
         }
     )
-    sharded = sharding.is_sharded(run.model)
+    sharded = is_sharded(run.model)
     if not (run.world.is_main or sharded):
         return {}
-    model, optimizer = sharding.full_state(run.model, run.optimizer)
+    model, optimizer = full_state(run.model, run.optimizer)
     return {
         "model": model,
         "optimizer": optimizer,
@@ -188,21 +214,27 @@ def capture_state(run: Run) -> dict[str, Any]:
     }
 
 
+def rebuild_pruner(run: Run, step: int = 0) -> None:
+    """Begin to prune the network as it is now, at optimizer step `step`; a collective."""
+    assert run.pruner is not None
+    run.pruner.remove()
+    run.pruner = build.build_pruner(
+        run.config, run.model, run.optimizer, total_steps=run.total_steps, input_size=run.input_size
+    )
+    assert run.pruner is not None
+    run.pruner.steps = step
+
+
 def restore_state(run: Run, state: dict[str, Any]) -> None:
     """Set `run` to a captured state. With another number of ranks, the ranks' own parts start anew.
 
     What the state lacks, because it has been switched on since, starts from the state's weights.
     """
-    sharding.load_full_state(run.model, run.optimizer, state["model"], state["optimizer"])
+    load_full_state(run.model, run.optimizer, state["model"], state["optimizer"])
     if run.pruner is not None and state["pruner"] is not None:
         run.pruner.load_state_dict(state["pruner"])
     elif run.pruner is not None:
-        run.pruner.remove()
-        run.pruner = build.build_pruner(
-            run.config, run.model, run.optimizer, total_steps=run.total_steps, input_size=run.input_size
-        )
-        assert run.pruner is not None
-        run.pruner.steps = state["run"]["step"]
+        rebuild_pruner(run, step=state["run"]["step"])
     if run.ema is not None:
         run.ema.module.load_state_dict(state["model"] if state["ema"] is None else state["ema"])
     if run.scaler is not None and state["scaler"] is not None:
@@ -219,3 +251,40 @@ def restore_state(run: Run, state: dict[str, Any]) -> None:
         seed_everything(run.config.training.seed + 1000003 * (1 + run.world.rank) + run.step)
         run.meter.total_images = own["meter"]["total_images"]
         run.meter.total_seconds = own["meter"]["total_seconds"]
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP2 has sharded `model`'s parameters."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def full_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The state of model and optimizer with whole tensors, independent of the sharding.
+
+    A collective under FSDP2, where only rank 0 receives it.
+    """
+    if not is_sharded(model):
+        return model.state_dict(), optimizer.state_dict()
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+
+    whole, of_optimizer = get_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return dict(whole), dict(of_optimizer)
+
+
+def load_full_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, of_model: dict[str, Any], of_optimizer: dict[str, Any]
+) -> None:
+    """Load what `full_state` gave, on every rank the same."""
+    if not is_sharded(model):
+        model.load_state_dict(of_model)
+        optimizer.load_state_dict(of_optimizer)
+        return
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
+
+    set_state_dict(
+        model,
+        optimizer,
+        model_state_dict=of_model,
+        optim_state_dict=of_optimizer,
+        options=StateDictOptions(full_state_dict=True),
+    )

@@ -24,10 +24,10 @@ from asp_dist.tracking.schema import (
     VAL_SAMPLES,
     VAL_TOP1,
 )
-from asp_dist.training import health, sharding
+from asp_dist.training import health
 from asp_dist.training.evaluation import evaluate_model
 from asp_dist.training.layer_accuracy import add_to_rows, layer_accuracy, pick_subset
-from asp_dist.training.run import Run
+from asp_dist.training.run import Run, full_state
 from asp_dist.weight_files import save_safetensors
 
 
@@ -105,7 +105,7 @@ def finish_run(run: Run) -> dict[str, Any]:
     use_average = run.ema is not None and results[VAL_EMA_TOP1] >= results[VAL_TOP1]
     prefix = VAL_EMA if use_average else VAL
     model = averaged_model(run) if use_average else run.model
-    weights, _ = sharding.full_state(model, run.optimizer) if not use_average else (model.state_dict(), {})
+    weights, _ = full_state(model, run.optimizer) if not use_average else (model.state_dict(), {})
     if run.pruner is not None and run.snapshot is None:
         run.snapshot = run.pruner.snapshot()  # stopped and resumed between the last validation and here
     counts: Any = run.snapshot.summary() if run.snapshot is not None else dense_summary(run.model)

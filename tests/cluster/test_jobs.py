@@ -21,7 +21,7 @@ from processes import environment_of, processes
 from waiting import HANG_S, wait_until
 
 from asp_dist.cluster import jobs, ray_private, user_keys
-from asp_dist.config import Config, DataConfig, ModelConfig, from_dict
+from asp_dist.config import Config, DataConfig, ModelConfig, ResumeConfig, from_dict
 from asp_dist.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -50,13 +50,15 @@ def tiny(folder: Path, **changes: Any) -> Config:
 
 
 def test_a_jobs_paths_start_from_the_root_on_the_cluster() -> None:
-    config = Config(model=ModelConfig(weights="w.pth"), data=DataConfig(root="../digits"))
+    start = ResumeConfig(from_run="runs/dense")
+    config = Config(model=ModelConfig(weights="w.pth"), data=DataConfig(root="../digits"), resume=start)
     there = jobs.on_cluster(replace(config, cluster=replace(config.cluster, address="10.0.0.1:6379")), "/mnt/data")
     assert (there.model.weights, there.data.root, there.output.dir) == (
         "/mnt/data/w.pth",
         "/mnt/digits",
         "/mnt/data/runs",
     )
+    assert there.resume.from_run == "/mnt/data/runs/dense"
     assert there.cluster.address is None
 
 

@@ -17,7 +17,7 @@ from asp_dist.config import OptimizerConfig, ScheduleConfig
 from asp_dist.errors import UserError
 from asp_dist.pruning import Budget, Pruner, Ramp, Select, Track
 from asp_dist.training.build import build_optimizer, build_scheduler
-from asp_dist.training.sharding import full_state, load_full_state
+from asp_dist.training.run import full_state, load_full_state
 
 pytestmark = pytest.mark.filterwarnings("ignore:It is highly recommended to have 'opt_einsum'")
 

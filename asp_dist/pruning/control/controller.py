@@ -81,6 +81,9 @@ class Controller(ABC):
         """Further numbers for the log, at `thresholds` [L] before optimizer step `step`; `lr` [L] as in `StepStats`."""
         return {}
 
+    def begin(self) -> None:  # noqa: B027 (a controller that keeps nothing of the schedule needs none)
+        """Forget the schedule of the run that a restored state is from; what was learned of the network stays."""
+
     def state_dict(self) -> dict[str, Any]:
         """Everything that `move` depends on and changes: plain types and tensors."""
         return {}

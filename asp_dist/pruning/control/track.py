@@ -183,6 +183,9 @@ class TrackController(Controller):
     def metrics(self, thresholds: Tensor, lr: Tensor, step: int) -> dict[str, float]:
         return {ALLOCATION_AT_BOUNDS: float((self.alpha.abs() >= MAX_ALPHA).double().mean())}
 
+    def begin(self) -> None:
+        self.peak_lr = torch.zeros_like(self.peak_lr)
+
     def state_dict(self) -> dict[str, Any]:
         return {
             "alpha": self.alpha.clone(),
