@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -11,12 +12,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from asp_dist.pruning import projection
 from asp_dist.pruning.budget import check_floors, network_costs, resolve_budget
 from asp_dist.pruning.control.controller import Problem, StepStats
-from asp_dist.pruning.density import DensityModel, LayerCounts, weight_threshold
+from asp_dist.pruning.density import TINY, DensityModel, LayerCounts, weight_threshold
 from asp_dist.pruning.layers import find_weights, optimizer_groups, unwrapped
 from asp_dist.pruning.macs import macs_per_weight
 from asp_dist.pruning.options import Budget, Control, Hard, Operator, Ramp, Select, SparsityLoss
@@ -26,13 +28,17 @@ from asp_dist.pruning.weights import (
     LayerWeights,
     RankReducer,
     checksum,
-    flat,
     local,
     pruned_dot,
     scale_pruned_gradient_,
-    share_dense,
     write_pruned,
 )
+
+# Ranks that differ by no more have rounded differently: thresholds relative to their size, or to 1 below it; weights in units
+# of the last place of their layer's largest one, or as a share of it where the places are few.
+ROUNDED_THRESHOLD = 1e-6
+ROUNDED_PLACES = 256.0
+ROUNDED_SHARE = 0.05
 
 
 class Pruner:
@@ -124,18 +130,22 @@ class Pruner:
         self.controller = control.controller(self.problem)
 
         world_size = dist.get_world_size(process_group) if dist.is_initialized() else 1
-        self.layers = [LayerWeights(info, world_size) for info in self.pruned_weights]
+        places = {id(p): (one._parameters, name) for one in self.model.modules() for name, p in one._parameters.items()}
+        self.layers = [LayerWeights(info, world_size, places.get(id(info.parameter))) for info in self.pruned_weights]
         self.device = self.layers[0].dense.device
         self.reducer = RankReducer(self.layers, process_group, self.device)
-        if self.reducer.world_size > 1:
-            share_dense(self.layers, process_group)
+        for layer in self.layers:
+            # DDP does so with a model's parameters when it wraps it, too late for a pruner that was built before.
+            if not layer.sharded:
+                self.reducer.broadcast_(layer.flat_dense())
         self.statistics = LayerStatistics(self.layers, self.reducer, self.device, nearby=self.density_model.corrected)
         self.steps, self.skipped, self.frozen = 0, 0, False
+        self._told_of_rounding = False
         self._products = self._no_products()
 
         # Prune the weights for the first forward pass.
         with torch.no_grad():
-            sums = self.statistics.reduce(self._products)
+            sums = self.statistics.reduce(self._products, torch.zeros_like(self.numel))
             fresh = means_are_chance(sums, self.numel)
             self.center = control.centers and fresh if center is None else center
             self.sigmas = sums.sigmas
@@ -191,10 +201,11 @@ class Pruner:
 
     def _move(self, skipped: bool) -> None:
         """Move the thresholds after an iteration, and write the pruned weights of all layers."""
-        sums = self.statistics.reduce(self._products)
+        sums = self.statistics.reduce(self._products, self.thresholds)
         self._products = self._no_products()
         if skipped:
             return
+        self.thresholds = sums.thresholds
         # A gradient that is not a number ruins the weights; the thresholds and the other layers must survive it.
         means = torch.nan_to_num(sums.means, nan=0.0, posinf=0.0, neginf=0.0)
         sigmas = torch.where(torch.isfinite(sums.sigmas), sums.sigmas, self.sigmas)
@@ -245,7 +256,7 @@ class Pruner:
     def _count_all(self) -> None:
         """Count all layers at the current thresholds, for the density model; a collective."""
         self.statistics.count_all(self._weight_thresholds())
-        self._observe(self.statistics.reduce(self._products))
+        self._observe(self.statistics.reduce(self._products, self.thresholds))
 
     def _observe(self, sums: LayerSums) -> None:
         """Update the density model with the counts at the current thresholds."""
@@ -268,6 +279,7 @@ class Pruner:
         """
         if self.frozen:
             return
+        self._raise_if_apart("weights", self._share_with_ranks())
         magnitudes = projection.SortedMagnitudes(self.layers, self.reducer)
         thresholds = weight_threshold(self.thresholds, self.sigmas)
         kept = projection.keep_counts(magnitudes, thresholds, self.budgets, self.floors)
@@ -319,16 +331,31 @@ class Pruner:
         After `finalize` the dense weights are the trained ones, with the removed ones as they were when the mask was frozen.
         """
         chosen = [layer for layer in self.layers if names is None or layer.info.name in names]
+        dense = {one.info.name: one.pruned + one.dense if self.frozen else one.dense for one in chosen}
+        with self.replaced(dense):
+            yield
+
+    @contextmanager
+    def replaced(self, values: Mapping[str, Tensor]) -> Iterator[None]:
+        """Put other values into some layers' parameters while the context lasts: this rank's part of each, by layer name."""
+        chosen = [layer for layer in self.layers if layer.info.name in values]
         pruned = [layer.pruned.clone() for layer in chosen]
-        with torch.no_grad():
-            for layer in chosen:
-                layer.pruned.copy_(layer.pruned + layer.dense if self.frozen else layer.dense)
+        self._fill(chosen, [values[layer.info.name] for layer in chosen])
         try:
             yield
         finally:
-            with torch.no_grad():
-                for layer, values in zip(chosen, pruned):
-                    layer.pruned.copy_(values)
+            self._fill(chosen, pruned)
+
+    @torch.no_grad()
+    def _fill(self, layers: Sequence[LayerWeights], values: Sequence[Tensor]) -> None:
+        """Write other values into the parameters, for the next forward pass to see."""
+        for layer, tensor in zip(layers, values):
+            layer.pruned.copy_(tensor)
+        if any(layer.sharded for layer in layers):
+            for module in self.model.modules():
+                # After a forward pass without a backward one, the root keeps the whole parameters that it gathered.
+                if isinstance(module, FSDPModule):
+                    module.reshard()
 
     @torch.no_grad()
     def apply_masks_(self, other: nn.Module) -> None:
@@ -366,18 +393,58 @@ class Pruner:
     def check_agreement(self) -> None:
         """Compare thresholds, and checksums of replicated weights, over the ranks; a collective.
 
+        What differs by rounding, as it does between processors of different kinds, becomes the first rank's, and a warning
+        says so once.
+
         Raises:
-            RuntimeError: ranks differ; names a layer that does, for thresholds the one that differs most.
+            RuntimeError: ranks differ by more than that; names the layer that differs most.
         """
-        sums = [0.0 if layer.sharded else float(checksum(flat(layer.pruned))) for layer in self.layers]
+        trained = [layer.flat_pruned() if self.frozen else layer.flat_dense() for layer in self.layers]
+        sums = [0.0 if layer.sharded else float(checksum(flat)) for layer, flat in zip(self.layers, trained)]
         # Checksums are integers below 2^53, exact in float64.
         mine = torch.stack([self.thresholds, torch.tensor(sums, dtype=torch.float64)]).to(self.device)
-        difference = self.reducer.max_minus_min(mine).cpu()
-        for what, row in zip(("thresholds", "weights"), difference):
-            if bool((row != 0).any()):
-                differs = row if what == "thresholds" else (row != 0).double()
-                name = self.costs.names[int(differs.argmax())]
-                raise RuntimeError(f"ranks disagree: layer {name!r} has different {what} after step {self.steps}")
+        of_thresholds, of_sums = self.reducer.max_minus_min(mine).cpu()
+        if not bool((of_thresholds != 0).any() or (of_sums != 0).any()):
+            return
+        self._raise_if_apart("thresholds", of_thresholds / (ROUNDED_THRESHOLD * self.thresholds.abs().clamp_min(1.0)))
+        self._raise_if_apart("weights", self._share_with_ranks())
+        if not self._told_of_rounding:
+            self._told_of_rounding = True
+            warnings.warn(
+                f"ranks round differently, on processors of different kinds perhaps: after step {self.steps} weights differ "
+                "in the last places. All take the first rank's now, and whenever it is seen again",
+                stacklevel=2,
+            )
+
+    def _raise_if_apart(self, what: str, excess: Tensor) -> None:
+        """Raise `RuntimeError` if ranks differ by more than rounding: `excess` [L] is above 1 there."""
+        if bool((excess > 1.0).any()):
+            name = self.costs.names[int(excess.argmax())]
+            raise RuntimeError(f"ranks disagree: layer {name!r} has different {what} after step {self.steps}")
+
+    def _share_with_ranks(self) -> Tensor:
+        """Give every rank the first one's thresholds and trained weights of replicated layers; a collective.
+
+        Returns:
+            By how much they differed, as a multiple of what rounding explains: float64 [L].
+        """
+        excess = torch.zeros_like(self.numel)
+        if self.reducer.world_size == 1:
+            return excess
+        shared = self.thresholds.to(self.device)
+        self.reducer.broadcast_(shared)
+        self.thresholds = shared.cpu()
+        for index, layer in enumerate(self.layers):
+            if layer.sharded:
+                continue
+            trained = layer.flat_pruned() if self.frozen else layer.flat_dense()
+            mine = trained.clone()
+            self.reducer.broadcast_(trained)
+            rounding = min(ROUNDED_PLACES * torch.finfo(trained.dtype).eps, ROUNDED_SHARE) * trained.abs().max().double()
+            excess[index] = ((mine - trained).abs().max().double() / rounding.clamp_min(TINY)).nan_to_num(0.0)
+        if not self.frozen:
+            self._write_pruned(self.layers)
+        return self.reducer.max_minus_min(excess.to(self.device)).cpu()
 
     # Saving and restoring.
 
@@ -448,7 +515,7 @@ class Pruner:
         self.controller.load_state_dict(state["controller"])
         self.controller.begin()
         self.thresholds = state["thresholds"].clone()
-        self.sigmas = self.statistics.reduce(self._products).sigmas
+        self.sigmas = self.statistics.reduce(self._products, self.thresholds).sigmas
         self._write_pruned(self.layers)
         self._count_all()
 

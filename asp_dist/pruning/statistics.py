@@ -24,6 +24,7 @@ class LayerSums:
     """What a step's all-reduce gives; float64 [L], on the CPU.
 
     Attributes:
+        thresholds: the first rank's thresholds.
         means: mean of the dense weights.
         sigmas: their standard deviation.
         products: Σ over pruned weights of gradient·weight.
@@ -32,6 +33,7 @@ class LayerSums:
         largest: the largest |w|, in weight units; as `nearby`.
     """
 
+    thresholds: Tensor
     means: Tensor
     sigmas: Tensor
     products: Tensor
@@ -62,25 +64,29 @@ class LayerStatistics:
         self.fresh = torch.ones(len(layers), dtype=torch.bool)
         self._next = 0
 
-    def reduce(self, products: Tensor) -> LayerSums:
+    def reduce(self, products: Tensor, thresholds: Tensor) -> LayerSums:
         """The sums of all layers now and the counts that were taken last: the step's one all-reduce.
+
+        It also carries the first rank's thresholds: processors that round differently would let them drift apart.
 
         On a GPU it is also the step's one copy to the host.
         """
         sums = [moments(layer.flat_dense()) for layer in self.layers]
         first = torch.stack([total for total, _ in sums]).double()
         second = torch.stack([squares for _, squares in sums]).double()
-        reduced = torch.stack(self.reducer.reduce(products, first, second, *self._counts)).cpu()
-        products, total, squares = reduced[:3]
+        columns = (products, first, second, *self._counts)
+        *reduced, thresholds = torch.stack(self.reducer.reduce(*columns, of_first=thresholds.to(self.device))).cpu()
+        products, total, squares, kept, *counted = reduced
         means = total / self.numel
         variances = (squares - self.numel * means.square()) / (self.numel - 1.0).clamp(min=1.0)
         return LayerSums(
+            thresholds=thresholds,
             means=means,
             sigmas=variances.clamp_min(0.0).sqrt(),
             products=products,
-            kept=reduced[3].round(),
-            nearby=reduced[4].round() if self.nearby else None,
-            largest=reduced[5:].amax(dim=0) if self.nearby else None,
+            kept=kept.round(),
+            nearby=counted[0].round() if self.nearby else None,
+            largest=torch.stack(counted[1:]).amax(dim=0) if self.nearby else None,
         )
 
     def count_some(self, thresholds: Sequence[float]) -> None:

@@ -124,6 +124,7 @@ class LayerWeights:
     Args:
         info: the weight in the model.
         world_size: number of ranks.
+        place: the module's dictionary that has the parameter, and its name there; None: it is not watched.
 
     Raises:
         ValueError: the parameter is sharded along another dimension than the first.
@@ -137,8 +138,10 @@ class LayerWeights:
         shard: which of them this rank has.
     """
 
-    def __init__(self, info: WeightInfo, world_size: int) -> None:
-        self.info = info
+    def __init__(
+        self, info: WeightInfo, world_size: int, place: tuple[dict[str, nn.Parameter | None], str] | None = None
+    ) -> None:
+        self.info, self.place = info, place
         parameter = info.parameter
         self.sharded = isinstance(parameter, DTensor)
         self.pruned = local(parameter.data)
@@ -192,8 +195,15 @@ class LayerWeights:
         return flat(gradient)
 
     def check_storage(self) -> None:
-        """Raise `RuntimeError` if the parameter's storage was replaced by something else (such as ``model.to``)."""
-        if not self.sharded and self.parameter.data_ptr() != self.pruned.data_ptr():
+        """Raise `RuntimeError` if the model has left the parameter or its storage, as ``load_state_dict(assign=True)`` does."""
+        now = self.parameter if self.place is None else self.place[0].get(self.place[1])
+        # Between a forward and the backward pass FSDP2 has the whole parameter in its place.
+        if now is not self.parameter and isinstance(now, DTensor) == self.sharded:
+            raise RuntimeError(
+                f"layer {self.info.name!r}: its parameter was replaced after the Pruner was built; load weights without "
+                "assign=True, or build optimizer and Pruner after that"
+            )
+        if local(self.parameter.data).data_ptr() != self.pruned.data_ptr():
             raise RuntimeError(
                 f"layer {self.info.name!r}: its parameter was moved or converted after the Pruner was built; "
                 "move the model to its device and type first"
@@ -244,17 +254,6 @@ class LayerWeights:
         into.copy_(whole[start : start + into.shape[0]])
 
 
-def share_dense(layers: Sequence[LayerWeights], group: dist.ProcessGroup | None) -> None:
-    """Give every rank the first one's dense weights of replicated layers.
-
-    DDP does so with a model's parameters when it wraps it, too late for a pruner that was built before.
-    """
-    source = 0 if group is None else dist.get_global_rank(group, 0)
-    for layer in layers:
-        if not layer.sharded:
-            dist.broadcast(layer.flat_dense(), source, group=group)
-
-
 class RankReducer:
     """Makes per-layer numbers the same on every rank, by one all-reduce of one packed float64 vector.
 
@@ -270,17 +269,29 @@ class RankReducer:
     def __init__(self, layers: Sequence[LayerWeights], group: dist.ProcessGroup | None, device: torch.device) -> None:
         self.group = group
         self.world_size = dist.get_world_size(group) if dist.is_initialized() else 1
+        self.rank = dist.get_rank(group) if dist.is_initialized() else 0
         self.share = torch.tensor([1.0 / layer.replication for layer in layers], dtype=torch.float64, device=device)
         self.calls = 0
 
-    def reduce(self, *columns: Tensor) -> list[Tensor]:
-        """Reduce float64 vectors of one number per layer, together; integers stay exact below 2^53 after rounding."""
+    def reduce(self, *columns: Tensor, of_first: Tensor | None = None) -> list[Tensor]:
+        """Reduce float64 vectors of one number per layer, together; integers stay exact below 2^53 after rounding.
+
+        The first rank's `of_first` reaches every rank to the last bit, as one more vector.
+        """
         if self.world_size == 1:
-            return list(columns)
-        packed = torch.stack([column * self.share for column in columns])
+            return [*columns, *([] if of_first is None else [of_first])]
+        rows = [column * self.share for column in columns]
+        if of_first is not None:
+            rows.append(of_first if self.rank == 0 else torch.zeros_like(of_first))
+        packed = torch.stack(rows)
         dist.all_reduce(packed, group=self.group)
         self.calls += 1
         return list(packed.unbind())
+
+    def broadcast_(self, tensor: Tensor) -> None:
+        """Overwrite `tensor` by the first rank's."""
+        if self.world_size > 1:
+            dist.broadcast(tensor, 0 if self.group is None else dist.get_global_rank(self.group, 0), group=self.group)
 
     def max_minus_min(self, values: Tensor) -> Tensor:
         """max − min over ranks of each number, to prove that ranks agree: zeros when they do."""

@@ -155,13 +155,14 @@ def build_scaler(config: TrainingConfig, device: torch.device) -> torch.amp.Grad
 def place_model(config: TrainingConfig, model: nn.Module, world: World) -> nn.Module:
     """Move `model` to the rank's device and memory order, and shard it if the configuration says so."""
     model.to(device=world.device)
-    if config.channels_last:
+    sharded = config.parallel == "fsdp" and world.world_size > 1
+    if config.channels_last and not sharded:  # FSDP2 shards contiguous parameters only; the images are channels_last anyway
         model.to(memory_format=torch.channels_last)
     if config.sync_batch_norm and world.world_size > 1:
         if world.device.type != "cuda":
             raise UserError("training.sync_batch_norm = true needs CUDA: torch has no synchronized batch norm on the CPU")
         model = convert_sync_batchnorm(model)
-    if config.parallel == "fsdp" and world.world_size > 1:
+    if sharded:
         shard_model(model)
     return model
 

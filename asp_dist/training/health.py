@@ -143,6 +143,20 @@ def skip_step(run: Run, *, bad_loss: bool) -> None:
         )
 
 
+def update_scale(scaler: torch.amp.GradScaler, *, bad: bool) -> None:
+    """Let the scale fall or grow by what all ranks agreed on: a scaler knows its own rank's gradients, or its shards, alone.
+
+    Ranks with different scales would average gradients in different units.
+    """
+    if not bad:
+        scaler.update()
+        return
+    state = scaler.state_dict()
+    scale = state["scale"] * state["backoff_factor"]
+    scaler.update(scale)
+    scaler.load_state_dict({**state, "scale": scale, "_growth_tracker": 0})
+
+
 def bad_layers(run: Run) -> str:
     """The parameters whose gradients are not finite on this rank, nearest to the output first, in words."""
     parameters = [(n, p) for n, p in run.model.named_parameters() if p.grad is not None]

@@ -84,19 +84,12 @@ def layer_accuracy(
 @contextmanager
 def extra_pruned(pruner: Pruner, name: str, share: float) -> Iterator[None]:
     """Set the smallest `share` of a layer's nonzero weights to zero while the context lasts (under FSDP, of each shard's)."""
-    shard = next(shard for shard in pruner.layers if shard.info.name == name)
-    kept = shard.pruned.clone()
-    magnitudes = kept.abs()[kept != 0].flatten()
+    layer = next(layer for layer in pruner.layers if layer.info.name == name)
+    magnitudes = layer.pruned.abs()[layer.pruned != 0].flatten()
     count = int(share * magnitudes.numel())
-    if count:
-        with torch.no_grad():
-            limit = magnitudes.float().kthvalue(count).values
-            shard.pruned.masked_fill_(shard.pruned.abs() <= limit, 0.0)
-    try:
+    limit = magnitudes.float().kthvalue(count).values if count else -1.0
+    with pruner.replaced({name: layer.pruned.masked_fill(layer.pruned.abs() <= limit, 0.0)}):
         yield
-    finally:
-        with torch.no_grad():
-            shard.pruned.copy_(kept)
 
 
 def add_to_rows(rows: list[LayerRow], accuracy: dict[str, LayerRow]) -> None:

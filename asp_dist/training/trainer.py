@@ -138,7 +138,7 @@ def train_step(run: Run, batches: Batches) -> health.StepDecision:
         run.bad_steps = 0
         run.meter.add(loss, decision.norm)
     if run.scaler is not None:
-        run.scaler.update()
+        health.update_scale(run.scaler, bad=decision.bad)
     run.optimizer.zero_grad(set_to_none=True)
     return decision
 

@@ -215,9 +215,9 @@ def count_reduces(rank: int) -> dict[str, tuple[list[int], int]]:
 
 
 def test_one_all_reduce_per_step() -> None:
-    """Of four numbers for each of the four layers, whatever their size."""
+    """Of five numbers for each of the four layers, whatever their size: their sums, a count, and the first rank's threshold."""
     for results in on_two_ranks(count_reduces):
-        assert results == {"ddp": ([16] * 12, 12), "fsdp2": ([16] * 12, 12)}
+        assert results == {"ddp": ([20] * 12, 12), "fsdp2": ([20] * 12, 12)}
 
 
 class NestedSGD(torch.optim.SGD):
@@ -296,9 +296,58 @@ def test_ranks_that_differ_stop_with_the_layers_name() -> None:
     for messages in on_two_ranks(disagree):
         assert messages == {
             "weights": "ranks disagree: layer '9' has different weights after step 10",
-            "thresholds": "ranks disagree: layer '9' has different thresholds after step 10",
             "mask": "ranks disagree: layer '9' has different weights after step 10",
         }
+
+
+def look_at_root(rank: int) -> list[Tensor]:
+    """Outputs of passes without a backward one, after which the root keeps its layer whole: pruned, dense, pruned again."""
+    torch.manual_seed(4)
+    network = nn.Sequential(nn.Linear(20, 60), nn.Linear(60, 10))
+    reference = nn.Sequential(nn.Linear(20, 60), nn.Linear(60, 10))
+    reference.load_state_dict(network.state_dict())
+    mesh = init_device_mesh("cpu", (WORLD,))
+    fully_shard(network[0], mesh=mesh)
+    fully_shard(network, mesh=mesh)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    pruner = Pruner(network, optimizer, Budget.parameters(density=0.2), center=False, select=Select(min_weights=100))
+    images, outputs = torch.randn(4, 20), []
+    with torch.no_grad():
+        outputs.append(network(images))
+        with pruner.dense(["0", "1"]):
+            outputs.append(network(images) - reference(images))
+        outputs.append(network(images) - outputs[0])
+    return outputs
+
+
+def test_a_layer_of_the_root_is_dense_when_it_is_asked_for() -> None:
+    for pruned, dense, again in on_two_ranks(look_at_root):
+        assert pruned.abs().max() > 0.1
+        assert dense.abs().max() < 1e-6 and again.abs().max() == 0
+
+
+def replace_parameters(rank: int) -> list[str]:
+    messages = []
+    for wrap in (None, shard):
+        torch.manual_seed(4)
+        network = nn.Sequential(nn.Linear(20, 60), nn.Linear(60, 10))
+        if wrap is not None:
+            wrap(network)
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+        Pruner(network, optimizer, Budget.parameters(density=0.2), select=Select(min_weights=100))
+        network.load_state_dict({key: tensor.clone() for key, tensor in network.state_dict().items()}, assign=True)
+        network(torch.randn(4, 20)).square().mean().backward()
+        try:
+            optimizer.step()
+        except RuntimeError as error:
+            messages.append(str(error))
+    return messages
+
+
+def test_replaced_parameters_are_noticed_sharded_or_not() -> None:
+    for messages in on_two_ranks(replace_parameters):
+        assert len(messages) == 2
+        assert all("layer '0': its parameter was replaced after the Pruner was built" in message for message in messages)
 
 
 # Runs and the step at which their state is taken; the last one is past its freeze.

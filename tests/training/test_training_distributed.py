@@ -40,7 +40,13 @@ def two_ranks(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
 
     # FSDP2, clipped: stopped and resumed against uninterrupted.
-    changes = {"training__parallel": "fsdp", "optimizer__clip_grad": 0.5, "schedule__epochs": 2}
+    # Both read channels_last images; weights stay contiguous, which FSDP2 asks for.
+    changes = {
+        "training__parallel": "fsdp",
+        "training__channels_last": True,
+        "optimizer__clip_grad": 0.5,
+        "schedule__epochs": 2,
+    }
     summary = train(small_config(folder, "whole", **changes), world)
     try:
         # Four steps, two in the validation, one more.
