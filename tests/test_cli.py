@@ -147,6 +147,9 @@ def test_a_resumed_run_may_change_where_it_runs_but_not_what_it_computes() -> No
     assert config_hash(config) == config_hash(moved)
     other = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, lr=0.2))
     assert differences(to_dict(config), to_dict(other)) == {"optimizer.lr": (0.1, 0.2)}
+    of_an_older_version = to_dict(config)
+    del of_an_older_version["model"]["new_classifier"]
+    assert differences(of_an_older_version, to_dict(other)) == {"optimizer.lr": (0.1, 0.2)}
     assert config_hash(config) != config_hash(other)
 
 

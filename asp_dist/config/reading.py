@@ -89,8 +89,12 @@ def is_among(name: str, fields: Iterable[str]) -> bool:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Dotted names whose values differ, but for those that a resumed run may change freely: name -> (old, new)."""
-    before, after = flatten(old), flatten(new)
+    """Dotted names whose values differ, but for those that a resumed run may change freely: name -> (old, new).
+
+    A field that one of them lacks, written by another version, has its default there.
+    """
+    defaults = flatten(to_dict(Config()))
+    before, after = ({**defaults, **flatten(tree)} for tree in (old, new))
     return {
         name: (before.get(name), after.get(name))
         for name in sorted(before.keys() | after.keys())

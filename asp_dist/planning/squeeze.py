@@ -16,6 +16,7 @@ from asp_dist.pruning.control.sparsity_loss import PUBLISHED_LR_RATIO
 from asp_dist.training.build import scales_with_root
 
 EPOCHS = 10  # of a rehearsal, unless the recipe has fewer
+STEPS_PER_EPOCH = 20  # at least, as each epoch builds its pipeline and is validated
 CLASSES = 10
 VALIDATION_IMAGES = 100
 MAX_THRESHOLD_LR = 0.1  # above it, the thresholds swing about the target
@@ -42,7 +43,7 @@ def squeeze(config: Config, folder: Path, *, steps: int, batch_size: int, input_
         batch_size % accumulate == 0,
         f"--batch-size {batch_size} does not divide into training.accumulate = {accumulate} micro-batches: use a multiple",
     )
-    epochs = min(config.schedule.epochs, EPOCHS)
+    epochs = min(config.schedule.epochs, EPOCHS, max(steps // STEPS_PER_EPOCH, 1))
     source, origin = _source(config, folder)
     images = link_subset(source, folder / "data", train=math.ceil(steps / epochs) * batch_size, val=VALIDATION_IMAGES)
     per_epoch = images // batch_size
