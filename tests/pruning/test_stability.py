@@ -230,6 +230,25 @@ def test_layers_that_the_optimizer_does_not_train_are_refused_by_name() -> None:
     Pruner(network, optimizer, budget)
 
 
+def first_moves(*lr: float | Tensor) -> list[float]:
+    """How far the first step moves the thresholds of two layers with learning rates of their own."""
+    network = small_network(dtype=torch.float32)
+    groups = [{"params": layer.parameters(), "lr": rate} for layer, rate in zip((network[2], network[5]), lr)]
+    rest = [p for name, p in network.named_parameters() if name.split(".")[0] not in ("2", "5")]
+    optimizer = torch.optim.SGD([*groups, {"params": rest}], lr=0.1)
+    pruner = Pruner(network, optimizer, Budget.parameters(sparsity=0.5))
+    before = pruner.thresholds.clone()
+    one_step(network, optimizer)
+    return [float(move) for move in pruner.thresholds - before]
+
+
+def test_a_threshold_follows_the_learning_rate_of_its_own_layer() -> None:
+    """As under layer decay; in a frozen group it stays, and a rate may be a tensor."""
+    same, unlike = first_moves(0.1, 0.1), first_moves(torch.tensor(0.2), 0.0)
+    assert unlike[0] == pytest.approx(2.0 * same[0], rel=1e-6) and same[0] != 0.0
+    assert unlike[1] == 0.0 and same[1] != 0.0
+
+
 def digits() -> tuple[Tensor, Tensor]:
     pixels, labels = load_digits(return_X_y=True)
     images = torch.from_numpy(pixels).float().reshape(-1, 1, 8, 8) / 8.0 - 1.0
