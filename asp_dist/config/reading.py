@@ -83,6 +83,10 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+# What a field that a stored configuration lacks, written by another version, is.
+DEFAULTS = flatten(to_dict(Config()))
+
+
 def is_among(name: str, fields: Iterable[str]) -> bool:
     """Whether the dotted `name` is one of `fields`, or lies in one of them."""
     return any(name == field or name.startswith(f"{field}.") for field in fields)
@@ -91,10 +95,9 @@ def is_among(name: str, fields: Iterable[str]) -> bool:
 def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Dotted names whose values differ, but for those that a resumed run may change freely: name -> (old, new).
 
-    A field that one of them lacks, written by another version, has its default there.
+    A field that one of them lacks has its default there.
     """
-    defaults = flatten(to_dict(Config()))
-    before, after = ({**defaults, **flatten(tree)} for tree in (old, new))
+    before, after = ({**DEFAULTS, **flatten(tree)} for tree in (old, new))
     return {
         name: (before.get(name), after.get(name))
         for name in sorted(before.keys() | after.keys())

@@ -16,7 +16,7 @@ from asp_dist.pruning.control.sparsity_loss import PUBLISHED_LR_RATIO
 from asp_dist.training.build import scales_with_root
 
 EPOCHS = 10  # of a rehearsal, unless the recipe has fewer
-STEPS_PER_EPOCH = 20  # at least, as each epoch builds its pipeline and is validated
+STEPS_PER_EPOCH = 25  # at least, as each epoch builds its pipeline and is validated
 CLASSES = 10
 VALIDATION_IMAGES = 100
 MAX_THRESHOLD_LR = 0.1  # above it, the thresholds swing about the target

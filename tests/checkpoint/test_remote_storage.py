@@ -17,9 +17,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from pyarrow.fs import AwsStandardS3RetryStrategy, S3FileSystem
 from small_runs import StopAt, small_config
 from test_checkpoint import keep, manifest, save, state
 
+from asp_dist.checkpoint import remote_storage
 from asp_dist.checkpoint.format import read_checkpoint
 from asp_dist.checkpoint.manager import CheckpointManager
 from asp_dist.checkpoint.record import run_dir
@@ -27,6 +29,7 @@ from asp_dist.checkpoint.remote_storage import RemoteStore, open_storage
 from asp_dist.config import Config, OutputConfig
 from asp_dist.errors import UserError
 from asp_dist.tracking import read_rows
+from asp_dist.training import checkpointing
 from asp_dist.training.hooks import Stopped
 from asp_dist.training.trainer import train
 from asp_dist.training.world import World
@@ -109,6 +112,20 @@ def address(proxy: Proxy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> st
     return url
 
 
+@pytest.fixture
+def impatient(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that tries once, where the usual one tries for six seconds, each time that it is asked."""
+
+    def open_once(address: str) -> tuple[S3FileSystem, str]:
+        bucket = address.removeprefix("s3://").partition("?")[0]
+        once = AwsStandardS3RetryStrategy(max_attempts=1)
+        place = f"127.0.0.1:{proxy.port}"
+        return S3FileSystem(scheme="http", endpoint_override=place, region="us-east-1", retry_strategy=once), bucket
+
+    for module in (remote_storage, checkpointing, sys.modules[__name__]):
+        monkeypatch.setattr(module, "open_storage", open_once)
+
+
 def remote(address: str) -> RemoteStore:
     system, path = open_storage(address)
     return RemoteStore(address, system, f"{path}/checkpoints", waits=(0.05, 0.1))
@@ -183,6 +200,7 @@ def test_s3_that_fails_for_a_while(address: str, proxy: Proxy) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("impatient")
 def test_s3_that_stays_away_costs_the_checkpoint_not_the_run(address: str, proxy: Proxy) -> None:
     manager = CheckpointManager(remote(address), "mine", keep=3, waits=(0.1,))
     proxy.down = True
@@ -243,6 +261,7 @@ def test_a_run_goes_on_where_its_storage_changes(change: str, address: str, tmp_
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("impatient")
 def test_an_old_place_that_does_not_answer_is_no_reason_to_start_over(address: str, proxy: Proxy, tmp_path: Path) -> None:
     torch.set_num_threads(1)
     local = small_config(tmp_path)

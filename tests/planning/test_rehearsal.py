@@ -94,7 +94,7 @@ def test_the_runs_own_images_are_used(tmp_path: Path) -> None:
     digits = prepare_digits(tmp_path / "mine")
     config = load("imagenet_resnet18", "--data.root", str(digits))
     squeezed, changes = squeeze(config, tmp_path / "out", steps=40, batch_size=20, input_size=32)
-    assert changes[0].startswith(f"data: 400 images of 10 classes of {digits}")
+    assert changes[0].startswith(f"data: 800 images of 10 classes of {digits}")
     linked = next(Path(squeezed.data.root).rglob("train/*/*"))
     assert linked.resolve().is_relative_to(digits) and not (tmp_path / "out" / "digits").exists()
 

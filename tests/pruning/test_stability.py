@@ -233,7 +233,9 @@ def test_layers_that_the_optimizer_does_not_train_are_refused_by_name() -> None:
 def first_moves(*lr: float | Tensor) -> list[float]:
     """How far the first step moves the thresholds of two layers with learning rates of their own."""
     network = small_network(dtype=torch.float32)
-    groups = [{"params": layer.parameters(), "lr": rate} for layer, rate in zip((network[2], network[5]), lr)]
+    groups: list[dict[str, Any]] = [
+        {"params": layer.parameters(), "lr": rate} for layer, rate in zip((network[2], network[5]), lr)
+    ]
     rest = [p for name, p in network.named_parameters() if name.split(".")[0] not in ("2", "5")]
     optimizer = torch.optim.SGD([*groups, {"params": rest}], lr=0.1)
     pruner = Pruner(network, optimizer, Budget.parameters(sparsity=0.5))
