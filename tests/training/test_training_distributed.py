@@ -11,6 +11,7 @@ from ranks import on_ranks
 from small_runs import StopAt, small_config
 from torch import Tensor
 
+from asp_dist.config import BudgetConfig
 from asp_dist.training import trainer
 from asp_dist.training.hooks import Stopped
 from asp_dist.training.trainer import forward_backward, train
@@ -56,6 +57,11 @@ def two_ranks(folder: Path) -> dict[str, Any]:
     train(small_config(folder, "parts", **changes), world)
     found["fsdp"] = {k: summary[k] for k in ("sparsity", "nonzero_weights", "world_size", "bad_steps")}
 
+    # Started from that one's state, on to fewer weights.
+    sparser = {"budget": BudgetConfig(sparsity=0.95), "resume__from_run": str(folder / "whole")}
+    summary = train(small_config(folder, "sparser", **changes, **sparser), world)
+    found["sparser"] = {k: summary[k] for k in ("nonzero_weights", "world_size", "bad_steps")}
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "forward_backward", poisoned)
         summary = train(small_config(folder, "bad", pruning__agreement_every=1), world)
@@ -90,6 +96,10 @@ def test_sharded_weights_resume_bit_for_bit(outcome: tuple[Path, dict[str, Any]]
         one, two = ((folder / name / "checkpoints" / "step-00000008" / file).read_bytes() for name in ("whole", "parts"))
         assert one == two, file
     assert (folder / "whole" / "model.safetensors").read_bytes() == (folder / "parts" / "model.safetensors").read_bytes()
+
+
+def test_sharded_weights_start_another_run(outcome: tuple[Path, dict[str, Any]]) -> None:
+    assert outcome[1]["sparser"] == {"nonzero_weights": 13_363, "world_size": 2, "bad_steps": 0}
 
 
 def test_bad_numbers_on_one_rank_are_skipped_by_all(outcome: tuple[Path, dict[str, Any]]) -> None:
