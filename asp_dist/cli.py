@@ -67,7 +67,9 @@ def _readable(message: str) -> str:
     if not key or not value:
         return message
     kinds = re.findall(r"Expected an? (?:<class '(\w+)'>|typing\.(Literal\[.*?\])|(\S+?)\.)", message)
-    wanted = " or ".join(dict.fromkeys(next(filter(None, kind)).replace("NoneType", "null") for kind in kinds))
+    words = {"NoneType": "null", "tuple": "a list, such as '[one, two]'"}
+    found = (next(filter(None, kind)) for kind in kinds)
+    wanted = " or ".join(dict.fromkeys(words.get(word, word) for word in found))
     return f"{key[1]} = {value[1].strip()} is not valid" + (f": expected {wanted}" if wanted else "")
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from asp_dist import __version__
-from asp_dist.config import Config, check_fixed, config_hash, differences, from_dict, is_among, to_dict
+from asp_dist.config import Config, check_fixed, check_names, config_hash, differences, from_dict, is_among, to_dict
 from asp_dist.errors import UserError, may_pass
 from asp_dist.files import write_text
 from asp_dist.tracking.schema import CONFIG_FILE, IDENTITY_FILE, MODEL_FILE, SUMMARY_FILE
@@ -43,6 +43,7 @@ def check_run_dir(config: Config) -> dict[str, Any] | None:
         UserError: it contains a run with another configuration, or one that must not be touched.
         OSError: the file system does not answer.
     """
+    check_names(config.resume.allow_changes)
     folder = run_dir(config)
     if not (folder / CONFIG_FILE).is_file():
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import hashlib
 import json
 import re
@@ -103,6 +104,15 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any
         for name in sorted(before.keys() | after.keys())
         if before.get(name) != after.get(name) and not is_among(name, FREE_ON_RESUME)
     }
+
+
+def check_names(fields: Iterable[str]) -> None:
+    """Raise `UserError` if one of these names in ``resume.allow_changes`` is no field, and no part of the configuration."""
+    for field in fields:
+        if not any(is_among(name, (field,)) for name in DEFAULTS):
+            close = difflib.get_close_matches(field, DEFAULTS, n=1, cutoff=0.5)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise UserError(f"resume.allow_changes names {field!r}, which is not a field of the configuration{hint}")
 
 
 def check_fixed(changed: dict[str, tuple[Any, Any]]) -> None:

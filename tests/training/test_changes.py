@@ -20,6 +20,7 @@ from asp_dist.errors import UserError
 from asp_dist.pruning import Budget, Ramp
 from asp_dist.tracking import read_rows
 from asp_dist.training.hooks import Hooks, Stopped
+from asp_dist.training.preflight import preflight
 from asp_dist.training.run import Run
 from asp_dist.training.trainer import train
 from asp_dist.training.world import World
@@ -260,6 +261,12 @@ def test_a_change_has_an_effect_or_is_refused(
     assert any(f"{field} " in message for message in events)
     assert differ(last_state(changed), last_state(unchanged)) or curve(changed) != curve(unchanged)
     assert (changed / "summary.json").is_file()
+
+
+def test_a_name_that_is_no_field_is_refused(tmp_path: Path) -> None:
+    config = small_config(tmp_path, resume__allow_changes=("pruning", "optimizer.weigth_decay"))
+    with pytest.raises(UserError, match=r"names 'optimizer.weigth_decay', .* did you mean optimizer.weight_decay\?"):
+        preflight(config)
 
 
 def differ(one: Any, two: Any) -> bool:
