@@ -78,6 +78,7 @@ def test_print_config_is_a_configuration_again(capsys: pytest.CaptureFixture[str
         ((CONFIG, "--budget.sparsity", "-0.1"), ("budget.sparsity = -0.1", "[0, 1)")),
         ((CONFIG, "--budget.sparsity", "most"), ("budget.sparsity = most", "float")),
         ((CONFIG, "--data.batch_size", "many"), ("data.batch_size = many", "int")),
+        ((CONFIG, "--resume.allow_changes", "optimizer.lr"), ("resume.allow_changes = optimizer.lr", "a list")),
         ((CONFIG, "--pruning.control", "magic"), ("pruning.control = magic", "loss", "track")),
         ((CONFIG, "--pruning.ramp.end", "0.9"), ("pruning.ramp.end = 0.9", "freeze_at = 0.65")),
         (
