@@ -184,8 +184,9 @@ def rehearse(config: Config, *, steps: int = 300, batch_size: int = 32, input_si
         if (folder / name / IDENTITY_FILE).is_file():
             shutil.rmtree(folder / name)
     dense = replace(pruned, name="dense", pruning=replace(pruned.pruning, enabled=False))
-    total = preflight(pruned).total_steps
-    restart = total // 3
+    checked = preflight(pruned)
+    restart = checked.total_steps // 3
+    restart += restart % checked.steps_per_epoch == 0  # after an epoch's last step none is saved
     pruned = replace(pruned, output=replace(pruned.output, checkpoint_steps=restart))
     world = init_world(config.training.device, config.cluster.timeout_s)
     try:
