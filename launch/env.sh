@@ -58,8 +58,9 @@ make_env() {
     rm -f .venv/.asp-dist
     .venv/bin/python -m pip install -qq --no-compile --disable-pip-version-check --constraint launch/constraints.txt \
         --editable ".${extras:+[$extras]}" || { env_error "pip could not install the packages; see above"; return; }
-    # On all cores, where pip uses one. Some packages carry templates that are not Python: no reason to stop.
-    .venv/bin/python -m compileall -q -j 0 .venv/lib >/dev/null 2>&1 || true
+    # On all cores, where pip uses one, and without what is not imported here. Some packages carry templates that are not Python:
+    # no reason to stop.
+    .venv/bin/python -m compileall -q -j 0 -x '/(tests|rllib|pip)/' .venv/lib >/dev/null 2>&1 || true
     printf '%s\n%s\n' "$fingerprint" "$extras" >.venv/.asp-dist
 }
 

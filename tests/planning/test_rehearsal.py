@@ -28,7 +28,7 @@ SIBLINGS = {
     "efficientnet": "test_efficientnet",
     "mobilenetv3": "test_efficientnet",
 }
-STEPS = 100
+STEPS = 75
 
 
 def sibling(recipe: str, folder: Path, *overrides: str) -> Config:
@@ -122,10 +122,10 @@ def test_the_command_prints_its_verdicts_and_says_by_its_exit_code(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ["rehearse", str(CONFIGS / "quickstart.yaml"), "--data.root", "/nowhere", "--output.dir", str(tmp_path)]
-    words += ["--steps", "90", "--model.name", "test_resnet", "--pruning.select.min_weights", "500"]
+    words += ["--steps", "60", "--model.name", "test_resnet", "--pruning.select.min_weights", "500"]
     assert cli.main([*words, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert len(found["steps"]) == 90 and all(verdict["good"] for verdict in found["verdicts"])
+    assert len(found["steps"]) == 60 and all(verdict["good"] for verdict in found["verdicts"])
     monkeypatch.setattr(rehearsal, "MOST_FLIPS", -1.0)  # a second time: the first one's folder is used again
     assert cli.main(words) == 1
     out = capsys.readouterr().out
