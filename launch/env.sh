@@ -37,6 +37,17 @@ env_is_current() {
     done
 }
 
+pip_install() {
+    .venv/bin/python -m pip install -qq --no-compile --disable-pip-version-check --constraint launch/constraints.txt "$@" ||
+        env_error "pip could not install the packages; see above"
+}
+
+# Compile with $1 processes (0: as many as cores) what is imported here. Some packages carry templates that are not Python: no
+# reason to stop.
+compile_packages() {
+    .venv/bin/python -m compileall -q -j "$1" -x '/(tests|rllib|pip)/' .venv/lib >/dev/null 2>&1 || true
+}
+
 make_env() {
     local extras=${1:-} fingerprint python
     fingerprint=$(env_fingerprint)
@@ -56,11 +67,12 @@ make_env() {
     fi
     echo "Installing asp_dist${extras:+ with [$extras]} and its pinned packages into .venv (several GB the first time)"
     rm -f .venv/.asp-dist
-    .venv/bin/python -m pip install -qq --no-compile --disable-pip-version-check --constraint launch/constraints.txt \
-        --editable ".${extras:+[$extras]}" || { env_error "pip could not install the packages; see above"; return; }
-    # On all cores, where pip uses one, and without what is not imported here. Some packages carry templates that are not Python:
-    # no reason to stop.
-    .venv/bin/python -m compileall -q -j 0 -x '/(tests|rllib|pip)/' .venv/lib >/dev/null 2>&1 || true
+    # The largest package first: it is compiled while pip, which uses one core, unpacks the others.
+    pip_install torch torchvision || return
+    compile_packages 1 &
+    pip_install --editable ".${extras:+[$extras]}" || { wait; return 1; }
+    wait
+    compile_packages 0
     printf '%s\n%s\n' "$fingerprint" "$extras" >.venv/.asp-dist
 }
 

@@ -20,10 +20,19 @@ check() {
     "$@" || status=$?
 }
 
-check ruff check
-check ruff format --check
-check mypy
+lint() {
+    check ruff check
+    check ruff format --check
+    check mypy
+    return "$status"
+}
+
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+lint >"$log" 2>&1 &
 # Two files at a time, one thread each: a third one gains nothing on two cores.
 export OMP_NUM_THREADS=1
 check pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder "$@"
+wait "$!" || status=$?
+cat "$log"
 exit "$status"
