@@ -340,7 +340,7 @@ def test_no_cluster_at_the_address(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_local_cluster_leaves_no_process_after_a_second_interrupt(tmp_path: Path) -> None:
     def on_row(row: dict[str, Any]) -> None:
-        if row.get("step") in (1, 50):  # 5 s apart: Python sees two signals at once as one
+        if row.get("step") in (1, 30):  # 3 s apart: Python sees two signals at once as one
             os.kill(os.getpid(), signal.SIGINT)
 
     numbers = (signal.SIGINT, signal.SIGTERM)
