@@ -72,7 +72,7 @@ def summary_of(run_dir: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def quickstart(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> tuple[Path, str, str]:
-    """The quickstart in five of its epochs, interrupted in the second one and started again; its folder, and what both print."""
+    """The quickstart in five of its epochs, interrupted in the second and started again; its folder, and what both print."""
     folder = tmp_path_factory.mktemp("runs")
     command = train(folder, digits, "--schedule.epochs", str(EPOCHS))
     first = asp_dist(*command)
