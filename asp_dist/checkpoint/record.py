@@ -25,14 +25,16 @@ def run_dir(config: Config) -> Path:
 
 def with_absolute_paths(config: Config) -> Config:
     """`config` with its files named from the root, so that the same run has the same configuration."""
-    root = os.path.normpath(Path(config.data.root).expanduser().absolute())
-    weights = config.model.weights and os.path.normpath(Path(config.model.weights).expanduser().absolute())
-    start = config.resume.from_run and os.path.normpath(Path(config.resume.from_run).expanduser().absolute())
+
+    def absolute(path: str) -> str:
+        return path if "://" in path else os.path.normpath(Path(path).expanduser().absolute())
+
+    weights, start = config.model.weights, config.resume.from_run
     return dataclasses.replace(
         config,
-        resume=dataclasses.replace(config.resume, from_run=start),
-        model=dataclasses.replace(config.model, weights=weights),
-        data=dataclasses.replace(config.data, root=root if "://" not in config.data.root else config.data.root),
+        resume=dataclasses.replace(config.resume, from_run=start and absolute(start)),
+        model=dataclasses.replace(config.model, weights=weights and absolute(weights)),
+        data=dataclasses.replace(config.data, root=absolute(config.data.root)),
     )
 
 

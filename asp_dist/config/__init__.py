@@ -24,7 +24,6 @@ from asp_dist.config.fields import (
     TrainingConfig,
 )
 from asp_dist.config.reading import (
-    FIXED_ON_RESUME,
     FREE_ON_RESUME,
     check_fixed,
     check_names,
@@ -38,7 +37,6 @@ from asp_dist.config.reading import (
 )
 
 __all__ = [
-    "FIXED_ON_RESUME",
     "FREE_ON_RESUME",
     "AugmentConfig",
     "AutoAugment",

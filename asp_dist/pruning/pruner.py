@@ -399,8 +399,7 @@ class Pruner:
         Raises:
             RuntimeError: ranks differ by more than that; names the layer that differs most.
         """
-        trained = [layer.flat_pruned() if self.frozen else layer.flat_dense() for layer in self.layers]
-        sums = [0.0 if layer.sharded else float(checksum(flat)) for layer, flat in zip(self.layers, trained)]
+        sums = [0.0 if layer.sharded else float(checksum(self._trained(layer))) for layer in self.layers]
         # Checksums are integers below 2^53, exact in float64.
         mine = torch.stack([self.thresholds, torch.tensor(sums, dtype=torch.float64)]).to(self.device)
         of_thresholds, of_sums = self.reducer.max_minus_min(mine).cpu()
@@ -415,6 +414,10 @@ class Pruner:
                 "in the last places. All take the first rank's now, and whenever it is seen again",
                 stacklevel=2,
             )
+
+    def _trained(self, layer: LayerWeights) -> Tensor:
+        """The weights that the optimizer steps, flat: the dense ones, or once the mask is frozen the pruned ones."""
+        return layer.flat_pruned() if self.frozen else layer.flat_dense()
 
     def _raise_if_apart(self, what: str, excess: Tensor) -> None:
         """Raise `RuntimeError` if ranks differ by more than rounding: `excess` [L] is above 1 there."""
@@ -437,7 +440,7 @@ class Pruner:
         for index, layer in enumerate(self.layers):
             if layer.sharded:
                 continue
-            trained = layer.flat_pruned() if self.frozen else layer.flat_dense()
+            trained = self._trained(layer)
             mine = trained.clone()
             self.reducer.broadcast_(trained)
             rounding = min(ROUNDED_PLACES * torch.finfo(trained.dtype).eps, ROUNDED_SHARE) * trained.abs().max().double()

@@ -29,6 +29,8 @@ from asp_dist.training.meter import Meter
 from asp_dist.training.world import World
 
 log = logging.getLogger(__name__)
+# How far a run is, by the fields of `Run`.
+PROGRESS = ("step", "closed_epochs", "bad_steps", "skipped", "best", "results")
 
 
 class BufferGuard:
@@ -201,17 +203,18 @@ def capture_state(run: Run) -> dict[str, Any]:
         "pruner": run.pruner.state_dict() if run.pruner else None,
         "ema": run.ema.module.state_dict() if run.ema else None,
         "scaler": run.scaler.state_dict() if run.scaler else None,
-        "run": {
-            "step": run.step,
-            "steps_per_epoch": run.steps_per_epoch,
-            "closed_epochs": run.closed_epochs,
-            "bad_steps": run.bad_steps,
-            "skipped": run.skipped,
-            "best": run.best,
-            "results": run.results,
-        },
+        "run": {"steps_per_epoch": run.steps_per_epoch, **{name: getattr(run, name) for name in PROGRESS}},
         "ranks": ranks,
     }
+
+
+def load_learned(run: Run, state: dict[str, Any]) -> None:
+    """Load the weights, their average, the optimizer's and the scaler's state. Without an average there, it is the weights."""
+    load_full_state(run.model, run.optimizer, state["model"], state["optimizer"])
+    if run.ema is not None:
+        run.ema.module.load_state_dict(state["model"] if state["ema"] is None else state["ema"])
+    if run.scaler is not None and state["scaler"] is not None:
+        run.scaler.load_state_dict(state["scaler"])
 
 
 def rebuild_pruner(run: Run, step: int = 0) -> None:
@@ -230,16 +233,12 @@ def restore_state(run: Run, state: dict[str, Any]) -> None:
 
     What the state lacks, because it has been switched on since, starts from the state's weights.
     """
-    load_full_state(run.model, run.optimizer, state["model"], state["optimizer"])
+    load_learned(run, state)
     if run.pruner is not None and state["pruner"] is not None:
         run.pruner.load_state_dict(state["pruner"])
     elif run.pruner is not None:
         rebuild_pruner(run, step=state["run"]["step"])
-    if run.ema is not None:
-        run.ema.module.load_state_dict(state["model"] if state["ema"] is None else state["ema"])
-    if run.scaler is not None and state["scaler"] is not None:
-        run.scaler.load_state_dict(state["scaler"])
-    for name in ("step", "closed_epochs", "bad_steps", "skipped", "best", "results"):
+    for name in PROGRESS:
         setattr(run, name, state["run"][name])
     ranks = state["ranks"]
     own = ranks[run.world.rank] if run.world.rank < len(ranks) else ranks[0]

@@ -13,7 +13,7 @@ from asp_dist.config import Config, flatten, to_dict
 from asp_dist.errors import UserError, check
 from asp_dist.tracking.schema import MODEL_FILE
 from asp_dist.training.changes import change_options, group_options
-from asp_dist.training.run import Run, load_full_state, rebuild_pruner
+from asp_dist.training.run import Run, load_learned, rebuild_pruner
 
 # What the state is of: it fits no run in which one of these is another; the pruner's state has two more.
 MUST_MATCH = ("model.name", "optimizer.name", "training.parallel")
@@ -57,8 +57,15 @@ def start_from_run(run: Run) -> Event:
         UserError: that run has no sound checkpoint, or it does not fit.
     """
     folder = Path(str(run.config.resume.from_run))
-    name = run.world.on_main(lambda: _latest(folder))
-    manifest, state = read_checkpoint(LocalStore(folder / "checkpoints"), name)
+    kept: list[tuple[Manifest, dict[str, Any]]] = []
+
+    def find() -> str:
+        name, manifest, state = _latest(folder)
+        kept.append((manifest, state))
+        return name
+
+    name = run.world.on_main(find)
+    manifest, state = kept[0] if kept else read_checkpoint(LocalStore(folder / "checkpoints"), name)
     try:
         _set_state(run, manifest, state)
     except (KeyError, RuntimeError, ValueError) as error:
@@ -68,27 +75,21 @@ def start_from_run(run: Run) -> Event:
 
 def _set_state(run: Run, manifest: Manifest, state: dict[str, Any]) -> None:
     options = group_options(run.optimizer)
-    load_full_state(run.model, run.optimizer, state["model"], state["optimizer"])
+    load_learned(run, state)
     change_options(run, manifest.config, options)
     if run.pruner is not None and state["pruner"] is not None:
         run.pruner.start_from(state["pruner"])
     elif run.pruner is not None:
         rebuild_pruner(run)
-    if run.ema is not None:
-        run.ema.module.load_state_dict(state["model"] if state["ema"] is None else state["ema"])
-    if run.scaler is not None and state["scaler"] is not None:
-        run.scaler.load_state_dict(state["scaler"])
 
 
-def _latest(folder: Path) -> str:
-    """The name of the newest sound checkpoint in a run's folder."""
+def _latest(folder: Path) -> tuple[str, Manifest, dict[str, Any]]:
+    """The newest sound checkpoint in a run's folder: its name and what is in it."""
     store, problems = LocalStore(folder / "checkpoints"), []
     for name in reversed(store.names()):
         try:
-            read_checkpoint(store, name)
+            return name, *read_checkpoint(store, name)
         except CheckpointError as error:
             problems.append(str(error))
-        else:
-            return name
     found = f"none that can be used: {'; '.join(problems)}" if problems else "none"
     raise UserError(f"resume.from_run: of checkpoints in {folder / 'checkpoints'}, there is {found}")
