@@ -3,17 +3,80 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from asp_dist.config import Config, OptimizerConfig, check_fixed, differences, from_dict, is_among, refuse_change, to_dict
+from asp_dist.config import (
+    AugmentConfig,
+    Config,
+    OptimizerConfig,
+    PruningConfig,
+    check_fixed,
+    differences,
+    from_dict,
+    is_among,
+    refuse_change,
+    to_dict,
+)
 from asp_dist.errors import UserError
+from asp_dist.pruning.budget import resolve_budget
 from asp_dist.training import build
 from asp_dist.training.run import Run, count_steps
 
 Changes = dict[str, tuple[Any, Any]]
+
+
+@dataclass(frozen=True)
+class Unused:
+    """Fields that some runs do not use.
+
+    Attributes:
+        fields: the fields, or groups of them.
+        by: whether a run of this configuration, with this many workers, leaves them alone.
+        reason: why, in words.
+    """
+
+    fields: tuple[str, ...]
+    by: Callable[[Config, int], bool]
+    reason: str
+
+
+_FROM_FILES = ("data.root", "data.format", "data.train", "data.val")
+_ON_PIXELS = tuple(
+    f"data.augment.{field.name}" for field in dataclasses.fields(AugmentConfig) if field.name not in ("mixup", "cutmix")
+)
+_OF_PRUNING = tuple(f"pruning.{field.name}" for field in dataclasses.fields(PruningConfig) if field.name != "enabled")
+UNUSED = (
+    Unused(
+        ("data.augment.policy_ops", "data.augment.policy_magnitude"),
+        lambda config, workers: config.data.augment.policy != "randaugment",
+        "they are RandAugment's, and data.augment.policy is another",
+    ),
+    Unused(
+        ("data.synthetic_samples", "data.synthetic_classes"),
+        lambda config, workers: config.data.backend != "synthetic",
+        "the data set says so itself; this is for data.backend = synthetic",
+    ),
+    Unused(
+        (*_FROM_FILES, *_ON_PIXELS),
+        lambda config, workers: config.data.backend == "synthetic",
+        "data.backend = synthetic reads and augments no image",
+    ),
+    Unused(
+        ("budget", *_OF_PRUNING),
+        lambda config, workers: not config.pruning.enabled,
+        "pruning.enabled = False",
+    ),
+    Unused(
+        ("training.sync_batch_norm",),
+        lambda config, workers: workers == 1,
+        "one worker has nothing to synchronize",
+    ),
+)
 # Fields whose effect is what they make of the steps ahead.
 PLANNED = ("schedule", "training.max_steps", "pruning.ramp")
 # Fields whose effect is what they make of the optimizer's parameter groups; lr, of the schedule's rates.
@@ -35,11 +98,24 @@ def check_changes(run: Run, before: dict[str, Any], state: dict[str, Any]) -> No
     if not changed:
         return
     step = state["run"]["step"]
+    check_used(run, changed, from_dict(before))
     check_steps(run, changed, step, state["run"].get("steps_per_epoch"))
     check_pruning(run, changed, step, state["pruner"])
     for name in changed:
         if is_among(name, (*PLANNED, *OPTIMIZER)):
             check_effect(run, name, changed, before, step)
+
+
+def check_used(run: Run, changed: Changes, before: Config) -> None:
+    """Raise `UserError` if neither this run nor the one `before` uses a field that was changed."""
+    for name, values in changed.items():
+        for unused in UNUSED:
+            if is_among(name, unused.fields) and all(unused.by(one, run.world.world_size) for one in (before, run.config)):
+                refuse_change(name, *values, unused.reason)
+    if run.pruner is not None and "budget.bound" in changed and run.config.pruning.control == "track":
+        one, other = (resolve_budget(config.budget.all()[0], run.pruner.costs) for config in (before, run.config))
+        if torch.equal(one.allowed, other.allowed):
+            refuse_change("budget.bound", *changed["budget.bound"], "pruning.control = track meets either in the same way")
 
 
 def check_steps(run: Run, changed: Changes, step: int, steps_per_epoch: int | None) -> None:
