@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -79,6 +80,11 @@ class ResolvedBudget:
     dense: Tensor
     allowed: Tensor
     target_density: Tensor
+
+    def to(self, device: torch.device) -> ResolvedBudget:
+        """The same with its tensors on `device`."""
+        tensors = {name: getattr(self, name).to(device) for name in ("per_weight", "dense", "allowed", "target_density")}
+        return dataclasses.replace(self, **tensors)
 
     def density(self, layer_densities: Tensor) -> Tensor:
         """Share of the dense cost that the given layer densities [L] keep: one number, or [L] for layers."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -79,11 +80,12 @@ class DensityModel:
         corrected: False leaves the Gaussian estimate as published.
 
     Attributes:
+        STATE: the attributes that `observe` changes besides `fresh`.
         anchor: float64 [L], the thresholds at which each layer was counted last, in units of σ.
         fresh: bool [L], the layers that the last call of `observe` counted.
     """
 
-    _STATE = ("steepness", "shift", "anchor", "kept", "nearby", "largest", "fresh")
+    STATE: ClassVar = ("steepness", "shift", "anchor", "kept", "nearby", "largest")
 
     def __init__(self, numel: Tensor, *, corrected: bool) -> None:
         self.corrected = corrected
@@ -164,9 +166,9 @@ class DensityModel:
 
     def state_dict(self) -> dict[str, Tensor]:
         """What the counts so far have made of the model."""
-        return {name: getattr(self, name).clone() for name in self._STATE}
+        return {name: getattr(self, name).detach().to("cpu", copy=True) for name in (*self.STATE, "fresh")}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore `state_dict`."""
-        for name in self._STATE:
-            setattr(self, name, state[name].clone())
+        for name in (*self.STATE, "fresh"):
+            setattr(self, name, state[name].to(self.numel.device, copy=True))

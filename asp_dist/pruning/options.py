@@ -197,7 +197,10 @@ class Operator(metaclass=ABCMeta):
 
     @abstractmethod
     def prune(self, dense: Tensor, threshold: float, out: Tensor) -> None:
-        """Write the pruned weights of `dense` into `out`, both flat, with b = `threshold` in weight units."""
+        """Write the pruned weights of `dense` into `out`, both flat, with b = `threshold` in weight units.
+
+        Weights in half precision come as float32, so that nothing is rounded before the result.
+        """
 
 
 @dataclass(frozen=True)

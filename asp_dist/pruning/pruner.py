@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -17,22 +17,16 @@ from torch.optim import Optimizer
 
 from asp_dist.pruning import projection
 from asp_dist.pruning.budget import check_floors, network_costs, resolve_budget
-from asp_dist.pruning.control.controller import Problem, StepStats
-from asp_dist.pruning.density import TINY, DensityModel, LayerCounts, weight_threshold
+from asp_dist.pruning.control.controller import Controller, Problem, RampPosition, StepInputs, move, observe
+from asp_dist.pruning.density import TINY, DensityModel, weight_threshold
+from asp_dist.pruning.kernels.device_control import DeviceControl
+from asp_dist.pruning.kernels.device_passes import DevicePasses, fits, works
 from asp_dist.pruning.layers import find_weights, optimizer_groups, unwrapped
 from asp_dist.pruning.macs import macs_per_weight
 from asp_dist.pruning.options import Budget, Control, Hard, Operator, Ramp, Select, SparsityLoss
+from asp_dist.pruning.passes import HostPasses, means_are_chance
 from asp_dist.pruning.snapshot import Snapshot
-from asp_dist.pruning.statistics import LayerStatistics, LayerSums, means_are_chance
-from asp_dist.pruning.weights import (
-    LayerWeights,
-    RankReducer,
-    checksum,
-    local,
-    pruned_dot,
-    scale_pruned_gradient_,
-    write_pruned,
-)
+from asp_dist.pruning.weights import LayerWeights, RankReducer, checksum, local
 
 # Ranks that differ by no more have rounded differently: thresholds relative to their size, or to 1 below it; weights in units
 # of the last place of their layer's largest one, or as a share of it where the places are few.
@@ -124,11 +118,6 @@ class Pruner:
         self.floors = (self.numel * min_density).ceil().clamp(min=1.0)
         check_floors(self.budgets, self.floors, self.costs.names)
 
-        self.density_model = DensityModel(self.numel, corrected=control.density == "measured")
-        shapes = tuple(tuple(info.parameter.shape) for info in self.pruned_weights)
-        self.problem = Problem(self.budgets, ramp, self.density_model, shapes, self.floors / self.numel)
-        self.controller = control.controller(self.problem)
-
         world_size = dist.get_world_size(process_group) if dist.is_initialized() else 1
         places = {id(p): (one._parameters, name) for one in self.model.modules() for name, p in one._parameters.items()}
         self.layers = [LayerWeights(info, world_size, places.get(id(info.parameter))) for info in self.pruned_weights]
@@ -138,21 +127,45 @@ class Pruner:
             # DDP does so with a model's parameters when it wraps it, too late for a pruner that was built before.
             if not layer.sharded:
                 self.reducer.broadcast_(layer.flat_dense())
-        self.statistics = LayerStatistics(self.layers, self.reducer, self.device, nearby=self.density_model.corrected)
+
+        self.passes: HostPasses | DevicePasses = HostPasses(
+            self.layers, self.reducer, operator, nearby=control.density == "measured"
+        )
+        self.controller = self._build_controller(self.passes.home)
+        if self.controller.fusible and runs_on_device(self.device) and fits(self.layers, operator):
+            self.passes = DevicePasses(self.layers, self.reducer, operator)
+            self.controller = self._build_controller(self.passes.home)
+        self.problem = self.controller.problem
+        self.density_model = self.problem.density_model
         self.steps, self.skipped, self.frozen = 0, 0, False
         self._told_of_rounding = False
-        self._products = self._no_products()
+        self._gradients_masked = False
 
-        # Prune the weights for the first forward pass.
+        # Prune the weights for the first forward pass; b, in weight units, at which they were written last.
+        self._written_at = torch.zeros_like(self.passes.numel)
         with torch.no_grad():
-            sums = self.statistics.reduce(self._products, torch.zeros_like(self.numel))
-            fresh = means_are_chance(sums, self.numel)
+            sums = self.passes.reduce(torch.zeros_like(self.passes.numel))
+            fresh = means_are_chance(sums, self.passes.numel)
             self.center = control.centers and fresh if center is None else center
             self.sigmas = sums.sigmas
             self.thresholds = self.controller.start(self.sigmas)
-            self._write_pruned(self.layers, sums.means)
+            self._write_pruned(range(len(self.layers)), sums.means)
             self._count_all()
+        self._device_control = (
+            DeviceControl(self.controller, self.passes, self.thresholds, self.sigmas)
+            if isinstance(self.passes, DevicePasses)
+            else None
+        )
         self._hooks = [StepHooks(one, self._before_step, self._after_step) for one in self.optimizers]
+
+    def _build_controller(self, home: torch.device) -> Controller:
+        """The controller, with its numbers [L] at `home`."""
+        numel, floors = self.numel.to(home), self.floors.to(home)
+        model = DensityModel(numel, corrected=self.control.density == "measured")
+        shapes = tuple(tuple(info.parameter.shape) for info in self.pruned_weights)
+        budgets = tuple(budget.to(home) for budget in self.budgets)
+        unread = isinstance(getattr(self, "passes", None), DevicePasses)
+        return self.control.controller(Problem(budgets, self.ramp, model, shapes, floors / numel, unread))
 
     # The optimizer's step.
 
@@ -161,61 +174,66 @@ class Pruner:
         """Compute the thresholds' gradients from the final gradients, and put the dense weights in place for the optimizer."""
         mine = self._trained_by(optimizer)
         if self.frozen:
-            self._mask_gradients(self.layers[index] for index in mine)
+            if not self._gradients_masked:
+                self.passes.mask_gradients(mine)
             return
         for index in mine:
             self.layers[index].check_storage()
-        thresholds = self._weight_thresholds()
-        products = {}
+        # Fused optimizers unscale the gradients inside their step.
+        self.passes.take_products(mine, self._written_at, self.gradient_scale, getattr(optimizer, "grad_scale", None))
         for index in mine:
-            layer = self.layers[index]
-            gradient = layer.flat_gradient()
-            if gradient is not None:
-                pruned = layer.flat_pruned()
-                products[index] = pruned_dot(gradient, layer.flat_dense(), pruned, thresholds[index], self.operator)
-                scale_pruned_gradient_(layer.gradient(), layer.pruned, self.gradient_scale)
-            layer.swap_in_dense()
-        scale = getattr(optimizer, "grad_scale", None)  # Fused optimizers unscale the gradients inside their step.
-        for index, product in products.items():
-            self._products[index] = product if scale is None else product / scale.to(product.device)
+            self.layers[index].swap_in_dense()
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer) -> None:
         """Put the pruned weights back; after the last optimizer's step, move the thresholds first."""
         found_inf = getattr(optimizer, "found_inf", None)
-        skipped = found_inf is not None and float(found_inf) > 0  # A fused optimizer was called, and skipped its update.
+        on_device = self._device_control is not None and not self.frozen
+        # A fused optimizer was called, and skipped its update. On the device, the device alone knows.
+        skipped = not on_device and found_inf is not None and float(found_inf) > 0
         last = optimizer is self.optimizers[-1]
-        mine = [self.layers[index] for index in self._trained_by(optimizer)]
+        mine = self._trained_by(optimizer)
         self.skipped += skipped and last
         if self.frozen:
-            self._apply_frozen_mask(mine)
+            self.passes.mask_weights(mine)
+            self._gradients_masked = self._gradients_masked and not last
         else:
-            for layer in mine:
-                layer.swap_out_dense()
-            if last:
-                self._move(skipped)
-            elif not skipped:
+            for index in mine:
+                self.layers[index].swap_out_dense()
+            if not last:
                 self._write_pruned(mine)
+            elif self._device_control is not None:
+                self._move_on_device(self._device_control, found_inf)
+            else:
+                self._move(skipped)
         if last and not skipped:
             self._advance()
 
     def _move(self, skipped: bool) -> None:
         """Move the thresholds after an iteration, and write the pruned weights of all layers."""
-        sums = self.statistics.reduce(self._products, self.thresholds)
-        self._products = self._no_products()
+        sums = self.passes.reduce(self.thresholds)
         if skipped:
             return
-        self.thresholds = sums.thresholds
-        # A gradient that is not a number ruins the weights; the thresholds and the other layers must survive it.
-        means = torch.nan_to_num(sums.means, nan=0.0, posinf=0.0, neginf=0.0)
-        sigmas = torch.where(torch.isfinite(sums.sigmas), sums.sigmas, self.sigmas)
-        self._observe(sums)
-        lr, base_lr = self._learning_rates()
-        stats = StepStats(sums.products, self.sigmas, sigmas, lr, base_lr, self.steps)
-        self.thresholds = self.controller.move(self.thresholds, stats)
-        self.sigmas = sigmas
-        self._write_pruned(self.layers, means)
-        self.statistics.count_some(self._weight_thresholds())
+        inputs = StepInputs(*self._learning_rates(), self.steps, RampPosition.at(self.ramp, self.steps))
+        moved = move(self.controller, sums, self.sigmas, inputs, self.passes.fresh)
+        self.thresholds, self.sigmas = moved.thresholds, moved.sigmas
+        self._write_pruned(range(len(self.layers)), moved.means)
+        self.passes.count_some(self._written_at)
+
+    def _move_on_device(self, control: DeviceControl, found_inf: Tensor | None) -> None:
+        """As `_move`, and the host reads nothing; a skipped step counts as one."""
+        assert isinstance(self.passes, DevicePasses)
+        self.passes.take_sums(self.thresholds)
+        control.thresholds, control.sigmas = self.thresholds, self.sigmas
+        control.move(*self._learning_rates(), RampPosition.at(self.ramp, self.steps), found_inf)
+        self._written_at = control.weight_thresholds
+        self.passes.write(range(len(self.layers)), self._written_at, control.means if self.center else None)
+
+    def _collect_skips(self) -> None:
+        """Count the steps that were skipped and only the device knows of."""
+        if self._device_control is not None:
+            self.skipped += int(self._device_control.skips)
+            self._device_control.skips.zero_()
 
     def _advance(self) -> None:
         self.steps += 1
@@ -237,36 +255,20 @@ class Pruner:
         lr = [float(group["lr"]) for group in groups]
         return torch.tensor(lr, dtype=torch.float64), torch.tensor(base, dtype=torch.float64)
 
-    def _no_products(self) -> Tensor:
-        return torch.zeros(len(self.layers), dtype=torch.float64, device=self.device)
-
-    def _weight_thresholds(self) -> list[float]:
+    def _weight_thresholds(self) -> Tensor:
         """b of each layer, in weight units."""
-        values: list[float] = weight_threshold(self.thresholds, self.sigmas).tolist()
-        return values
+        return weight_threshold(self.thresholds, self.sigmas)
 
-    def _write_pruned(self, layers: Sequence[LayerWeights], means: Tensor | None = None) -> None:
+    def _write_pruned(self, indices: Sequence[int], means: Tensor | None = None) -> None:
         """Write the pruned weights of some layers; subtract the means [L] from the dense ones first, if they are centered."""
-        chosen = set(map(id, layers))
-        for index, (layer, threshold) in enumerate(zip(self.layers, self._weight_thresholds())):
-            if id(layer) in chosen:
-                mean = float(means[index]) if self.center and means is not None else 0.0
-                write_pruned(self.operator, layer.flat_dense(), mean, threshold, layer.flat_pruned())
+        self._written_at = self._weight_thresholds()
+        self.passes.write(indices, self._written_at, means if self.center else None)
 
     def _count_all(self) -> None:
         """Count all layers at the current thresholds, for the density model; a collective."""
-        self.statistics.count_all(self._weight_thresholds())
-        self._observe(self.statistics.reduce(self._products, self.thresholds))
-
-    def _observe(self, sums: LayerSums) -> None:
-        """Update the density model with the counts at the current thresholds."""
-        if sums.nearby is None or sums.largest is None:
-            return
-        sigmas = self.sigmas.clamp_min(1e-30)
-        largest = torch.nan_to_num(sums.largest / sigmas, nan=torch.inf)
-        counts = LayerCounts(sums.kept, sums.nearby, largest)
-        scaled = weight_threshold(self.thresholds, self.sigmas) / sigmas
-        self.density_model.observe(scaled, counts, self.statistics.fresh)
+        self.passes.count_all(self._written_at)
+        sums = self.passes.reduce(self.thresholds)
+        observe(self.controller, sums, self.thresholds, self.sigmas, self.passes.fresh)
 
     # The mask.
 
@@ -281,27 +283,20 @@ class Pruner:
             return
         self._raise_if_apart("weights", self._share_with_ranks())
         magnitudes = projection.SortedMagnitudes(self.layers, self.reducer)
-        thresholds = weight_threshold(self.thresholds, self.sigmas)
-        kept = projection.keep_counts(magnitudes, thresholds, self.budgets, self.floors)
+        kept = projection.keep_counts(magnitudes, self._weight_thresholds().cpu(), self.budgets, self.floors)
         projection.freeze_(self.layers, projection.keep_masks(magnitudes, kept))
         self.frozen = True
         self._forget_removed()
 
+    @torch.no_grad()
     def mask_gradients(self) -> None:
         """Zero the removed weights' gradients once the mask is frozen: call it before clipping, so that no norm counts them.
 
         The optimizer's step does so in any case.
         """
         if self.frozen:
-            self._mask_gradients(self.layers)
-
-    @staticmethod
-    def _mask_gradients(layers: Iterable[LayerWeights]) -> None:
-        with torch.no_grad():
-            for layer in layers:
-                gradient = layer.gradient()
-                if gradient is not None:
-                    gradient.masked_fill_(layer.is_removed(), 0.0)
+            self.passes.mask_gradients(range(len(self.layers)))
+            self._gradients_masked = True
 
     def _forget_removed(self) -> None:
         """Zero what the optimizers keep of the removed weights, such as their momentum."""
@@ -318,11 +313,6 @@ class Pruner:
         counts = [(layer.pruned.ne(0) & layer.is_removed()).sum() for layer in self.layers]
         (total,) = self.reducer.reduce(torch.stack(counts).double())
         return [name for name, count in zip(self.costs.names, total.tolist()) if count > 0]
-
-    @staticmethod
-    def _apply_frozen_mask(layers: Sequence[LayerWeights]) -> None:
-        for layer in layers:
-            layer.pruned.masked_fill_(layer.is_removed(), 0.0)
 
     @contextmanager
     def dense(self, names: Sequence[str] | None = None) -> Iterator[None]:
@@ -375,16 +365,17 @@ class Pruner:
         Taking one does not affect training.
         """
         lr, _ = self._learning_rates()
+        self._collect_skips()
         return Snapshot(
             weights=self.weights,
             macs_per_weight=self._macs,
             costs=self.costs,
             budgets=self.budgets,
-            targets=tuple(self.problem.targets(self.steps)),
-            thresholds=self.thresholds.clone(),
-            sigmas=self.sigmas.clone(),
-            kept=self.statistics.kept(),
-            further=self.controller.metrics(self.thresholds, lr, self.steps),
+            targets=tuple(target.cpu() for target in self.problem.targets(self.steps)),
+            thresholds=self.thresholds.to("cpu", copy=True),
+            sigmas=self.sigmas.to("cpu", copy=True),
+            kept=self.passes.kept(),
+            further=self.controller.metrics(self.thresholds, lr.to(self.passes.home), self.steps),
             skipped=self.skipped,
             frozen=self.frozen,
         )
@@ -399,13 +390,14 @@ class Pruner:
         Raises:
             RuntimeError: ranks differ by more than that; names the layer that differs most.
         """
-        sums = [0.0 if layer.sharded else float(checksum(self._trained(layer))) for layer in self.layers]
         # Checksums are integers below 2^53, exact in float64.
-        mine = torch.stack([self.thresholds, torch.tensor(sums, dtype=torch.float64)]).to(self.device)
+        none = torch.zeros((), dtype=torch.float64, device=self.device)
+        sums = [none if layer.sharded else checksum(self._trained(layer)).double() for layer in self.layers]
+        mine = torch.stack([self.thresholds.to(self.device), torch.stack(sums)])
         of_thresholds, of_sums = self.reducer.max_minus_min(mine).cpu()
         if not bool((of_thresholds != 0).any() or (of_sums != 0).any()):
             return
-        self._raise_if_apart("thresholds", of_thresholds / (ROUNDED_THRESHOLD * self.thresholds.abs().clamp_min(1.0)))
+        self._raise_if_apart("thresholds", of_thresholds / (ROUNDED_THRESHOLD * self.thresholds.abs().clamp_min(1.0)).cpu())
         self._raise_if_apart("weights", self._share_with_ranks())
         if not self._told_of_rounding:
             self._told_of_rounding = True
@@ -434,9 +426,9 @@ class Pruner:
         excess = torch.zeros_like(self.numel)
         if self.reducer.world_size == 1:
             return excess
-        shared = self.thresholds.to(self.device)
+        shared = self.thresholds.to(self.device, copy=True)
         self.reducer.broadcast_(shared)
-        self.thresholds = shared.cpu()
+        self.thresholds = shared.to(self.passes.home)
         for index, layer in enumerate(self.layers):
             if layer.sharded:
                 continue
@@ -446,7 +438,7 @@ class Pruner:
             rounding = min(ROUNDED_PLACES * torch.finfo(trained.dtype).eps, ROUNDED_SHARE) * trained.abs().max().double()
             excess[index] = ((mine - trained).abs().max().double() / rounding.clamp_min(TINY)).nan_to_num(0.0)
         if not self.frozen:
-            self._write_pruned(self.layers)
+            self._write_pruned(range(len(self.layers)))
         return self.reducer.max_minus_min(excess.to(self.device)).cpu()
 
     # Saving and restoring.
@@ -457,14 +449,15 @@ class Pruner:
 
         Independent of the world size and of sharding; a collective under FSDP2.
         """
+        self._collect_skips()
         return {
             "steps": self.steps,
             "frozen": self.frozen,
             "skipped": self.skipped,
             "center": self.center,
-            "thresholds": self.thresholds.clone(),
-            "sigmas": self.sigmas.clone(),
-            "statistics": self.statistics.state_dict(),
+            "thresholds": self.thresholds.to("cpu", copy=True),
+            "sigmas": self.sigmas.to("cpu", copy=True),
+            "passes": self.passes.state_dict(),
             "density_model": self.density_model.state_dict(),
             "controller": self.controller.state_dict(),
             "kept_zeros": {layer.info.name: self._kept_zeros(layer) for layer in self.layers if self.frozen},
@@ -482,11 +475,12 @@ class Pruner:
         self.steps, self.frozen, self.skipped = state["steps"], state["frozen"], state["skipped"]
         if self._center is None:
             self.center = state["center"]
-        self.thresholds, self.sigmas = state["thresholds"].clone(), state["sigmas"].clone()
+        home = self.passes.home
+        self.thresholds, self.sigmas = (state[name].to(home, copy=True) for name in ("thresholds", "sigmas"))
         self.density_model.load_state_dict(state["density_model"])
         self.controller.load_state_dict(state["controller"])
         if not self.frozen:
-            self._write_pruned(self.layers)
+            self._write_pruned(range(len(self.layers)))
         if self.frozen:  # judged by collectives, so that all ranks find the same
             zeros = state.get("kept_zeros", {})
             changed = [layer.info.name for layer in self.layers if self._kept_zeros(layer) != zeros.get(layer.info.name, 0)]
@@ -496,7 +490,7 @@ class Pruner:
                     f"layer {wrong[0]!r}: the model's weights are not those of the frozen mask. Building a Pruner "
                     "prunes the model: load the model's state after that, and before the pruner's"
                 )
-        self.statistics.load_state_dict(state["statistics"], self._weight_thresholds())
+        self.passes.load_state_dict(state["passes"], self._weight_thresholds(), frozen=self.frozen)
 
     @torch.no_grad()
     def start_from(self, state: dict[str, Any]) -> None:
@@ -517,9 +511,9 @@ class Pruner:
         self.density_model.load_state_dict(state["density_model"])
         self.controller.load_state_dict(state["controller"])
         self.controller.begin()
-        self.thresholds = state["thresholds"].clone()
-        self.sigmas = self.statistics.reduce(self._products, self.thresholds).sigmas
-        self._write_pruned(self.layers)
+        self.thresholds = state["thresholds"].to(self.passes.home, copy=True)
+        self.sigmas = self.passes.reduce(self.thresholds).sigmas
+        self._write_pruned(range(len(self.layers)))
         self._count_all()
 
     def _load_dense(self, state: dict[str, Any]) -> None:
@@ -553,6 +547,11 @@ def _check_options(control: Control, operator: Operator, ramp: Ramp, *, min_dens
             raise ValueError(f"{name} = {fraction} is outside [0, 1]")
     if ramp.needs_total_steps and ramp.total_steps is None:
         raise ValueError(f"{ramp} needs total_steps, the length of the run in optimizer steps")
+
+
+def runs_on_device(device: torch.device) -> bool:
+    """Whether the kernels are to be used for weights on `device`."""
+    return device.type == "cuda" and works(device)
 
 
 Callback = Callable[[Optimizer], None]

@@ -30,7 +30,16 @@ def blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 def write_pruned(operator: Operator, dense: Tensor, mean: float, threshold: float, out: Tensor) -> None:
     """Subtract `mean` from the dense weights in place, and write the pruned ones into `out`; both flat."""
     for chunk, target in blocks(dense, out):
-        operator.prune(chunk if mean == 0.0 else chunk.sub_(mean), threshold, target)
+        if not _is_half(chunk):
+            operator.prune(chunk if mean == 0.0 else chunk.sub_(mean), threshold, target)
+            continue
+        # torch would round the mean, the threshold and each of an operator's results to half precision.
+        if mean != 0.0:
+            chunk.copy_(chunk.float().sub_(mean))
+        whole = chunk.float()
+        pruned = torch.empty_like(whole)
+        operator.prune(whole, threshold, pruned)
+        target.copy_(pruned)
 
 
 def _is_half(tensor: Tensor) -> bool:
@@ -56,7 +65,8 @@ def pruned_dot(gradient: Tensor, dense: Tensor, pruned: Tensor, threshold: float
     """
     if operator.keeps_values:
         return _dot(gradient, dense) - _dot(gradient, pruned)
-    return _sum([_dot(chunk, w - torch.hardshrink(w, threshold)) for chunk, w in blocks(gradient, dense)])
+    parts = [(chunk, w.float() if _is_half(w) else w) for chunk, w in blocks(gradient, dense)]
+    return _sum([_dot(chunk.to(w.dtype), w - torch.hardshrink(w, threshold)) for chunk, w in parts])
 
 
 def scale_pruned_gradient_(gradient: Tensor | None, pruned: Tensor, scale: float) -> None:
@@ -73,7 +83,8 @@ def scale_pruned_gradient_(gradient: Tensor | None, pruned: Tensor, scale: float
 
 def count_above(weights: Tensor, threshold: float) -> Tensor:
     """Number of weights with |w| > threshold of a flat tensor, as a scalar integer tensor."""
-    return torch.stack([torch.count_nonzero(chunk.abs() > threshold) for (chunk,) in blocks(weights)]).sum()
+    chunks = [chunk.float() if _is_half(chunk) else chunk for (chunk,) in blocks(weights)]  # else b is rounded to half
+    return torch.stack([torch.count_nonzero(chunk.abs() > threshold) for chunk in chunks]).sum()
 
 
 def largest(weights: Tensor) -> Tensor:

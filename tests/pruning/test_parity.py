@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
+from device_form import on_the_device
 from pruning_helpers import CASES, Recorded, published_sgd
 from torch import nn
 
@@ -20,11 +23,13 @@ def recorded() -> Recorded:
     return Recorded()
 
 
+@pytest.mark.parametrize("form", ["on the CPU", "on the device"])
 @pytest.mark.parametrize("case", CASES)
-def test_recorded_trajectory(case: str, recorded: Recorded) -> None:
+def test_recorded_trajectory(case: str, form: str, recorded: Recorded) -> None:
     network = recorded.network()
     optimizer = published_sgd(network)
-    pruner = Pruner(network, optimizer, CASES[case], control=SparsityLoss(initial_threshold=0.8, threshold_lr=1e-3))
+    with on_the_device() if form == "on the device" else nullcontext():
+        pruner = Pruner(network, optimizer, CASES[case], control=SparsityLoss(initial_threshold=0.8, threshold_lr=1e-3))
     sizes = torch.tensor([layer.numel for layer in pruner.snapshot().layers], dtype=torch.float64)
     thresholds, task, sparsity, density = [pruner.thresholds.numpy().copy()], [], [], []
     for step in range(STEPS):

@@ -491,7 +491,7 @@ def test_one_copy_of_the_weights(trained: tuple[nn.Sequential, Optimizer, Pruner
     weights = sum(weight(model, i).nbytes for i in (2, 5))
     vectors = [
         value
-        for part in (pruner, pruner.controller, pruner.density_model, pruner.statistics)
+        for part in (pruner, pruner.controller, pruner.density_model, pruner.passes)
         for value in vars(part).values()
         if isinstance(value, Tensor)
     ]

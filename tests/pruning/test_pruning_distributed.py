@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from device_form import on_the_device
 from pruning_helpers import CASES, Recorded, published_sgd, small_batch
 from ranks import on_ranks
 from torch import Tensor, nn
@@ -47,6 +49,9 @@ RUNS: dict[str, dict[str, Any]] = {
         "control": SparsityLoss(initial_threshold=0.5, threshold_lr=0.0),
     },
 }
+# The same as on a GPU, with numbers on the device.
+ON_DEVICE = "on the device/"
+RUNS |= {f"{ON_DEVICE}{name}": RUNS[name] for name in ("recorded/asl_budget_equal", "loss", "power")}
 Wrap = Callable[[nn.Module], nn.Module]
 
 
@@ -60,6 +65,7 @@ def odd_network() -> nn.Sequential:
 
 
 def network_of(run: str) -> nn.Sequential:
+    run = run.removeprefix(ON_DEVICE)
     if run.startswith("recorded/"):
         return Recorded().network(norms=False)
     network = odd_network()
@@ -85,8 +91,9 @@ class Run:
         self.optimizer = optimizer(self.model)
         options = dict(RUNS[name])
         budget = options.pop("budget")
-        self.pruner = Pruner(self.model, self.optimizer, budget, agreement_every=10, **options)
-        self.recorded = Recorded() if name.startswith("recorded/") else None
+        with on_the_device() if name.startswith(ON_DEVICE) else nullcontext():
+            self.pruner = Pruner(self.model, self.optimizer, budget, agreement_every=10, **options)
+        self.recorded = Recorded() if name.removeprefix(ON_DEVICE).startswith("recorded/") else None
 
     def train(self, start: int, end: int, rank: int = 0, world: int = 1) -> None:
         for step in range(start, end):
@@ -184,7 +191,7 @@ def test_two_processes_equal_one(wrapper: str, alone: dict[str, Any]) -> None:
         counted = sum(int((found["weights"][f"{layer}.weight"] != 0).sum()) for layer in found["pruner"]["dense"])
         assert found["summary"]["frozen"] is True
         assert found["summary"]["nonzero_weights"] == counted
-        if name not in ("power", "recorded/asl_per_layer"):
+        if name.removeprefix(ON_DEVICE) not in ("power", "recorded/asl_per_layer"):
             density = RUNS[name]["budget"].density
             assert counted == int(density * found["summary"]["prunable_weights"] + 0.5)
 

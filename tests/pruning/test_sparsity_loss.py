@@ -11,7 +11,7 @@ from torch import Tensor
 
 from asp_dist.pruning import Budget, Ramp, SparsityLoss
 from asp_dist.pruning.budget import NetworkCosts, resolve_budget
-from asp_dist.pruning.control.controller import Problem, StepStats
+from asp_dist.pruning.control.controller import Problem, RampPosition, StepStats
 from asp_dist.pruning.control.sparsity_loss import SparsityLossController, sparsity_loss
 from asp_dist.pruning.density import (
     NEARBY,
@@ -100,8 +100,9 @@ def test_the_measured_density_of_a_layer_with_outliers(outlier: float) -> None:
         assert model.density(vector(r)).item() == pytest.approx(0.01)
 
 
-def stats(products: Tensor, lr: float = 0.1) -> StepStats:
-    return StepStats(products, vector(2.0, 4.0), vector(2.0, 4.0), vector(lr, lr), vector(0.0, 0.0), 0)
+def stats(products: Tensor, lr: float = 0.1, ramp: Ramp = Ramp()) -> StepStats:
+    sigmas, position = vector(2.0, 4.0), RampPosition.at(ramp, 0)
+    return StepStats(products, sigmas, sigmas, vector(lr, lr), vector(0.0, 0.0), 0, position)
 
 
 def controller(ramp: Ramp = Ramp(), **options: Any) -> SparsityLossController:
@@ -143,7 +144,7 @@ def test_bad_products_leave_thresholds_finite(bad: float) -> None:
     for ramp in (Ramp(), Ramp("cubic", total_steps=10)):
         control, moved = controller(ramp), vector(1.0, 1.0)
         for _ in range(3):
-            moved = control.move(moved, stats(vector(bad, 1.0)))
+            moved = control.move(moved, stats(vector(bad, 1.0), ramp=ramp))
             assert torch.isfinite(moved).all()
 
 

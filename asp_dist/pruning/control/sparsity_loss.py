@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,6 +70,8 @@ class SparsityLossController(Controller):
         problem: the network's layers and budgets.
     """
 
+    state = ("velocity", "integrals")
+    fusible = True
     closing = 0.2
     max_task_move = 0.02
     integral_gain = 0.02
@@ -119,22 +120,21 @@ class SparsityLossController(Controller):
         model = self.problem.density_model
         densities, slopes = model.density(thresholds), model.gradient(thresholds)
         task = self._task_gradient(thresholds, stats)
-        targets = self.problem.targets(stats.step)
+        targets = self.problem.targets_at(stats.position.share)
         if self.derived:
-            arrived = stats.step >= self.problem.ramp.arrival_step()
-            return self._derived_move(thresholds, task, densities, slopes, targets, arrived)
+            return self._derived_move(thresholds, task, densities, slopes, targets, stats.position.arrived)
         gradient = task
-        for budget, target, integral in zip(self.problem.budgets, targets, self.integrals):
+        for number, (budget, target) in enumerate(zip(self.problem.budgets, targets)):
             loss = sparsity_loss(budget, densities, target)
             if self.options.multiplier:
-                integral += self.integral_gain * loss.gap
-                loss = sparsity_loss(budget, densities, target - integral)
+                self.integrals[number] = self.integrals[number] + self.integral_gain * loss.gap
+                loss = sparsity_loss(budget, densities, target - self.integrals[number])
             gradient = gradient + self.options.weight * loss.gradient * slopes
         self.velocity = self.options.momentum * self.velocity + gradient
         return thresholds - self.learning_rate(stats.lr) * self.velocity
 
     def _derived_move(
-        self, thresholds: Tensor, task: Tensor, densities: Tensor, slopes: Tensor, targets: list[Tensor], arrived: bool
+        self, thresholds: Tensor, task: Tensor, densities: Tensor, slopes: Tensor, targets: list[Tensor], arrived: Tensor
     ) -> Tensor:
         slopes = slopes.clamp(max=-LEAST_SLOPE)
         first = self.problem.budgets[0]
@@ -143,14 +143,14 @@ class SparsityLossController(Controller):
         momentum = self.options.momentum
         self.velocity = momentum * self.velocity + (1.0 - momentum) * task
         moved = thresholds - (rate * self.velocity / shares).clamp(-self.max_task_move, self.max_task_move)
-        for budget, target, integral in zip(self.problem.budgets, targets, self.integrals):
+        for number, (budget, target) in enumerate(zip(self.problem.budgets, targets)):
             gap = budget.density(densities) - target
             if self.options.multiplier:
                 # The density always lags a moving target; the sum of that gap would carry it past the target.
-                if arrived:
-                    integral += self.integral_gain * gap
-                    integral.clamp_(-MAX_INTEGRAL, MAX_INTEGRAL)
-                gap = gap + integral
+                integral = self.integrals[number]
+                summed = (integral + self.integral_gain * gap).clamp(-MAX_INTEGRAL, MAX_INTEGRAL)
+                self.integrals[number] = torch.where(arrived, summed, integral)
+                gap = gap + self.integrals[number]
             if budget.bound == "at_most":
                 gap = gap.clamp_min(0.0)
             if budget.scope == "layer":
@@ -161,10 +161,3 @@ class SparsityLossController(Controller):
                 step = gap * slopes * (own / shares) / (own.square() / shares * slopes.square()).sum()
             moved = moved - (self.closing * step).clamp(-MAX_BUDGET_MOVE, MAX_BUDGET_MOVE)
         return moved.clamp(0.0, MAX_THRESHOLD)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"velocity": self.velocity.clone(), "integrals": [integral.clone() for integral in self.integrals]}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.velocity = state["velocity"].clone()
-        self.integrals = [integral.clone() for integral in state["integrals"]]
