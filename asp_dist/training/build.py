@@ -24,6 +24,8 @@ from asp_dist.training.world import World
 
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant")
 LOOKAHEAD = "lookahead_"  # prefix of an optimizer's name
+# Optimizers of torch that take all parameters in one launch, and skip a step by a flag on the device.
+FUSED = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -41,6 +43,8 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Op
         kwargs.setdefault("deterministic", True)  # Kron's draws would otherwise differ between ranks, and its weights with them
     if info.has_betas and not info.has_momentum and "betas" not in kwargs:
         kwargs.update(_betas(info.opt_class, config.momentum))
+    if _on_cuda(model) and info.opt_class in FUSED and not {"fused", "foreach", "differentiable"} & set(kwargs):
+        kwargs["fused"] = True
     try:
         return create_optimizer_v2(
             model,
@@ -54,6 +58,11 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Op
         raise UserError(f"optimizer.kwargs = {config.kwargs} does not fit {config.name}: {error}") from error
     except (ValueError, AssertionError) as error:
         raise UserError(f"optimizer {config.name!r} with {config}: {error}") from error
+
+
+def _on_cuda(model: nn.Module) -> bool:
+    parameter = next(model.parameters(), None)
+    return parameter is not None and parameter.device.type == "cuda"
 
 
 def check_optimizer(name: str) -> None:
@@ -232,6 +241,8 @@ def wrap_model(config: TrainingConfig, model: nn.Module, world: World) -> nn.Mod
             # Views save a copy, but lie at other alignments before DDP reorders its buckets after the first step, and
             # the CPU's dot products round by alignment: a resumed run would differ in the last bits.
             gradient_as_bucket_view=on_cuda,
+            # Batch norm's running statistics are of no use until validation, which takes rank 0's, as checkpoints do.
+            forward_sync_buffers=False,
         )
     if config.compile:
         network = torch.compile(network)  # type: ignore[assignment]

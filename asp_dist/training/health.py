@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from asp_dist.pruning.names import ALLOCATION_AT_BOUNDS, LayerRow
 from asp_dist.tracking.schema import EVENT
+from asp_dist.training.build import FUSED
 from asp_dist.training.hooks import Stopped
 
 if TYPE_CHECKING:
@@ -18,6 +19,11 @@ if TYPE_CHECKING:
 
 # The reasons to stop, as numbers that ranks can exchange; others arrive as "request".
 REASONS = ("request", "SIGTERM", "SIGINT", "preemption")
+
+# Where flags are read late, ranks exchange the requests to stop or to save once in so many steps.
+EXCHANGED_EVERY = 8
+# After a bad step so many are read at once, so that the next bad one can be told by its gradients.
+WATCHED_STEPS = 100
 
 # Share of the layers that may have their allocation at its bound.
 MOST_AT_BOUNDS = 0.5
@@ -46,13 +52,45 @@ class StepDecision:
     norm: float
 
 
+GO_ON = StepDecision(bad=False, bad_loss=False, stop=None, save=False, norm=0.0)
+
+
 def full_norm(norm: Tensor) -> Tensor:
     """The norm over all shards."""
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-def sync_step_flags(run: Run, loss: Tensor, norm: Tensor, *, checkpoint_due: bool) -> StepDecision:
-    """Let the ranks agree, in one all-reduce of four flags and one copy to the host.
+class LateFlags:
+    """Flags on their way to the host, which does not wait for them.
+
+    Args:
+        step: the optimizer step that they belong to.
+        flags: float32 [5]; see `step_flags`.
+    """
+
+    def __init__(self, step: int, flags: Tensor) -> None:
+        self.step = step
+        self._event: torch.cuda.Event | None = None
+        if flags.device.type == "cuda":
+            self._values = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True)
+            self._values.copy_(flags, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+        else:
+            self._values = flags.clone()
+
+    def decision(self) -> StepDecision:
+        """What they say, once they have arrived."""
+        if self._event is not None:
+            self._event.synchronize()
+        return decide(self._values)
+
+
+def step_flags(run: Run, loss: Tensor, norm: Tensor, *, checkpoint_due: bool) -> Tensor:
+    """What the ranks decide on: bad, bad loss, why to stop, whether to save, and the norm; float32 [5] on the device.
+
+    They agree by one all-reduce. Where flags are read late, a bad loss has made every rank's gradients bad already, and ranks
+    exchange the others now and then.
 
     Args:
         run: the run; its hooks are asked whether to stop.
@@ -60,13 +98,64 @@ def sync_step_flags(run: Run, loss: Tensor, norm: Tensor, *, checkpoint_due: boo
         norm: the gradients' norm, after averaging over ranks.
         checkpoint_due: whether this rank's clock asks for a checkpoint.
     """
-    code = _stop_code(run)
+    together = run.world.world_size > 1 and (not run.late or run.step % EXCHANGED_EVERY == 0)
+    alone = run.world.world_size == 1
+    code = _stop_code(run) if together or alone else 0.0
+    save = float(checkpoint_due) if together or alone else 0.0
     bad_loss = ~loss.isfinite()
     bad = bad_loss | ~norm.isfinite()
-    flags = torch.stack([bad.float(), bad_loss.float(), loss.new_tensor(code), loss.new_tensor(float(checkpoint_due))])
-    values = torch.cat([run.world.max_(flags), norm.float().reshape(1)]).tolist()
+    # Written by a launch: a tensor from a number of the host would wait for all that was launched before.
+    told = (torch.full_like(loss, value, dtype=torch.float32) for value in (code, save))
+    flags = torch.stack([bad.float(), bad_loss.float(), *told])
+    return torch.cat([run.world.max_(flags) if together else flags, norm.float().reshape(1)])
+
+
+def decide(flags: Tensor) -> StepDecision:
+    """The decision that flags on the CPU, or to be read from the device now, stand for."""
+    values = flags.tolist()
     stop = REASONS[int(values[2]) - 1] if values[2] else None
     return StepDecision(bool(values[0]), bool(values[1]), stop, bool(values[3]), values[4])
+
+
+def reads_late(run: Run) -> bool:
+    """Whether the host may learn of a bad step after the next one: the optimizer skips it on the device, by itself."""
+    skips = type(run.optimizer) in FUSED and all(group.get("fused") for group in run.optimizer.param_groups)
+    return run.late and skips and run.scaler is None and run.step >= run.watched_until
+
+
+def take_late(run: Run, flags: Tensor) -> StepDecision:
+    """Let the optimizer skip this step if its flags say so, and act on those of the step before.
+
+    Call it before the optimizer's step.
+    """
+    optimizer: Any = run.optimizer
+    optimizer.grad_scale, optimizer.found_inf = None, flags[0]
+    before, run.pending = run.pending, LateFlags(run.step, flags)
+    return GO_ON if before is None else account(run, before.decision(), before.step)
+
+
+def found_good(optimizer: Any) -> None:
+    """Undo `take_late`, for a step that the host decides on."""
+    if getattr(optimizer, "found_inf", None) is not None:
+        optimizer.found_inf = None
+
+
+def settle(run: Run) -> str | None:
+    """Act on flags that are still on their way; on all ranks alike. Returns why to stop, or None."""
+    if run.pending is None:
+        return None
+    pending, run.pending = run.pending, None
+    return account(run, pending.decision(), pending.step).stop
+
+
+def account(run: Run, decision: StepDecision, step: int) -> StepDecision:
+    """Count a step that was decided on the device; batch norm forgets a bad one, and what came after it."""
+    if not decision.bad:
+        run.bad_steps = 0
+        return decision
+    run.watched_until = step + WATCHED_STEPS
+    skip_step(run, step=step, bad_loss=decision.bad_loss, names="its loss or gradients were not finite")
+    return decision
 
 
 def raise_if_stopped(run: Run) -> None:
@@ -111,34 +200,36 @@ def check_allocation(run: Run, metrics: dict[str, float]) -> None:
         run.tracker.alert("Allocation at its bounds", text)
 
 
-def skip_step(run: Run, *, bad_loss: bool) -> None:
+def skip_step(run: Run, *, step: int, bad_loss: bool, names: str | None = None) -> None:
     """Count a bad step and leave the weights alone; batch norm forgets the batch.
 
     With float16 a gradient that overflows at a scale above 1 is the scaler's business: the scale falls, and nothing counts.
 
     Args:
         run: the run.
+        step: the optimizer step, from 0.
         bad_loss: whether some rank's loss is not finite; the same on every rank, as is what follows from it.
+        names: what was bad; None: to be found in the gradients.
 
     Raises:
         BadNumbers: ``training.max_bad_steps`` in a row; names the layers.
     """
-    run.buffers.restore()
+    run.buffers.restore(step)
     if run.scaler is not None and run.scaler.get_scale() > 1.0 and not bad_loss:
-        run.tracker.log(run.step + 1, {"kind": EVENT, "event": "scale", "message": "float16 gradients overflowed"})
+        run.tracker.log(step + 1, {"kind": EVENT, "event": "scale", "message": "float16 gradients overflowed"})
         return
     run.bad_steps += 1
     run.skipped += 1
-    names = bad_layers(run)
-    text = f"step {run.step + 1} skipped: {names}"
-    run.tracker.log(run.step + 1, {"kind": EVENT, "event": "skipped_step", "message": text})
+    names = bad_layers(run) if names is None else names
+    text = f"step {step + 1} skipped: {names}"
+    run.tracker.log(step + 1, {"kind": EVENT, "event": "skipped_step", "message": text})
     limit = run.config.training.max_bad_steps
     if run.bad_steps >= limit:
         run.checkpoints.wait()
         kept = run.checkpoints.store.names()
         raise BadNumbers(
             f"training.max_bad_steps = {limit} steps in a row had a loss or gradient that is not finite; the last, step "
-            f"{run.step + 1}: {names}. Last good checkpoint: {kept[-1] if kept else 'none'}. A lower optimizer.lr, "
+            f"{step + 1}: {names}. Last good checkpoint: {kept[-1] if kept else 'none'}. A lower optimizer.lr, "
             "optimizer.clip_grad or another training.precision may help"
         )
 

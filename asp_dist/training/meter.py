@@ -28,26 +28,38 @@ class Meter:
         self.batch_size = batch_size
         self.total_images = 0
         self.total_seconds = 0.0
-        self._loss = torch.zeros((), dtype=torch.float64, device=world.device)
-        self._counted = 0
-        self._norm = 0.0
+        self._sums = torch.zeros(3, dtype=torch.float64, device=world.device)  # losses, norms, and how many
         self._steps = 0
         self._seconds = dict.fromkeys(CLOCKS, 0.0)
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextmanager
     def clock(self, name: str) -> Iterator[None]:
         """Add the time that the block takes to clock `name`."""
+        if name == "forward_backward" and self.world.device.type == "cuda":
+            with self._between_events():
+                yield
+            return
         start = time.perf_counter()
         try:
             yield
         finally:
             self._seconds[name] += time.perf_counter() - start
 
-    def add(self, loss: torch.Tensor, norm: float) -> None:
-        """Count a step with its mean loss on this rank and its gradient norm."""
-        self._loss += loss.detach()
-        self._counted += 1
-        self._norm += norm
+    @contextmanager
+    def _between_events(self) -> Iterator[None]:
+        """Let the device take the time: the host only launches."""
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        yield
+        end.record()
+        self._events.append((start, end))
+
+    def add(self, loss: torch.Tensor, norm: torch.Tensor, bad: torch.Tensor | None = None) -> None:
+        """Count a step with its mean loss on this rank and its gradient norm, unless `bad`, on the device, is true."""
+        loss = loss.detach().double()
+        numbers = torch.stack([loss, norm.detach().to(loss), torch.ones_like(loss)])
+        self._sums += numbers if bad is None else torch.where(bad, torch.zeros_like(numbers), numbers)
 
     def step_done(self, seconds: float) -> None:
         """Count the step's wall time; a skipped step counts too."""
@@ -58,16 +70,21 @@ class Meter:
 
     def row(self) -> dict[str, float]:
         """The means since the last row, over all ranks, and a fresh start; a collective."""
-        steps, counted = max(self._steps, 1), max(self._counted, 1)
-        loss = float(self.world.sum_(self._loss)) / (counted * self.world.world_size)
+        _, norm, counted = self._sums.tolist()
+        steps = max(self._steps, 1)
+        losses = self._sums[0].clone()
+        loss = float(self.world.sum_(losses)) / (max(counted, 1.0) * self.world.world_size)
+        for start, end in self._events:  # over by now: the losses were read behind them
+            self._seconds["forward_backward"] += start.elapsed_time(end) / 1e3
+        self._events = []
         seconds = self._seconds["step"] / steps
         row = {
-            **({TRAIN_LOSS: loss, GRAD_NORM: self._norm / counted} if self._counted else {}),
+            **({TRAIN_LOSS: loss, GRAD_NORM: norm / counted} if counted else {}),
             IMAGES_PER_SECOND: self.batch_size / seconds if seconds else 0.0,
             **{f"time/{name}": self._seconds[name] / steps for name in CLOCKS},
         }
-        self._loss = torch.zeros_like(self._loss)
-        self._counted, self._norm, self._steps = 0, 0.0, 0
+        self._sums = torch.zeros_like(self._sums)
+        self._steps = 0
         self._seconds = dict.fromkeys(CLOCKS, 0.0)
         return row
 
@@ -79,9 +96,7 @@ class Meter:
     def state_dict(self) -> dict[str, Any]:
         """This rank's sums, as JSON types."""
         return {
-            "loss": float(self._loss),
-            "counted": self._counted,
-            "norm": self._norm,
+            "sums": self._sums.tolist(),
             "steps": self._steps,
             "seconds": dict(self._seconds),
             "total_images": self.total_images,
@@ -90,7 +105,7 @@ class Meter:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state`."""
-        self._loss.fill_(state["loss"])
-        self._counted, self._norm, self._steps = state["counted"], state["norm"], state["steps"]
+        self._sums = torch.tensor(state["sums"], dtype=torch.float64, device=self.world.device)
+        self._steps = state["steps"]
         self._seconds = dict(state["seconds"])
         self.total_images, self.total_seconds = state["total_images"], state["total_seconds"]

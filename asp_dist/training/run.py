@@ -6,7 +6,7 @@ import logging
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.data import Mixup, resolve_model_data_config
@@ -28,29 +28,35 @@ from asp_dist.training.hooks import Hooks
 from asp_dist.training.meter import Meter
 from asp_dist.training.world import World
 
+if TYPE_CHECKING:
+    from asp_dist.training.health import LateFlags
+
 log = logging.getLogger(__name__)
 # How far a run is, by the fields of `Run`.
 PROGRESS = ("step", "closed_epochs", "bad_steps", "skipped", "best", "results")
 
 
 class BufferGuard:
-    """A copy of a model's buffers from before the step: a batch with bad numbers must not stay in batch norm."""
+    """Copies of a model's buffers from before the last two steps: a batch with bad numbers must not stay in batch norm."""
 
     def __init__(self, model: nn.Module) -> None:
         self._buffers = [buffer for buffer in model.buffers() if not isinstance(buffer, DTensor)]
-        self._copies = [buffer.clone() for buffer in self._buffers]
+        # Buffers of one type at a time: torch copies mixed lists one by one.
+        kinds = dict.fromkeys(buffer.dtype for buffer in self._buffers)
+        self._lists = [[buffer for buffer in self._buffers if buffer.dtype == kind] for kind in kinds]
+        self._copies = [[[buffer.clone() for buffer in one] for one in self._lists] for _ in range(2)]
 
     @torch.no_grad()
-    def keep(self) -> None:
-        """Remember the buffers as they are."""
-        if self._buffers:
-            torch._foreach_copy_(self._copies, self._buffers)
+    def keep(self, step: int) -> None:
+        """Remember the buffers as they are before optimizer step `step`."""
+        for copies, buffers in zip(self._copies[step % 2], self._lists):
+            torch._foreach_copy_(copies, buffers)
 
     @torch.no_grad()
-    def restore(self) -> None:
-        """Put them back."""
-        if self._buffers:
-            torch._foreach_copy_(self._buffers, self._copies)
+    def restore(self, step: int) -> None:
+        """Put them back as they were before optimizer step `step`, the last one or the one before."""
+        for copies, buffers in zip(self._copies[step % 2], self._lists):
+            torch._foreach_copy_(buffers, copies)
 
     @property
     def tensors(self) -> list[torch.Tensor]:
@@ -74,6 +80,9 @@ class Run:
         results: the latest validation.
         snapshot: the pruner's state at the latest validation; None before it, and without pruning.
         layer_subset: validation batches on which single layers are judged.
+        late: whether the host may read a step's flags one step late; see `health.reads_late`.
+        watched_until: the step from which it may, after a bad one.
+        pending: flags that are on their way to the host.
     """
 
     config: Config
@@ -105,6 +114,9 @@ class Run:
     results: dict[str, Any] = field(default_factory=dict)
     snapshot: Snapshot | None = None
     layer_subset: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    late: bool = False
+    watched_until: int = 0
+    pending: LateFlags | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -136,6 +148,7 @@ def build_run(config: Config, world: World, hooks: Hooks, checkpoints: Checkpoin
     training = config.training
     if world.device.type == "cuda":
         torch.backends.cudnn.benchmark = True  # the batches' shapes stay the same
+        torch.set_float32_matmul_precision("high")  # TF32, as cuDNN's convolutions have by default
     seed_everything(training.seed)
     info = inspect_data(config.data)
     model = build_model(config.model, len(info.classes), config.data.input_size)
@@ -179,6 +192,7 @@ def build_run(config: Config, world: World, hooks: Hooks, checkpoints: Checkpoin
         total_steps=total_steps,
         identity=identity,
         buffers=BufferGuard(model),
+        late=world.device.type == "cuda" and not is_sharded(model),
     )
     seed_everything(training.seed + 1000003 * (1 + world.rank))  # each rank draws its own dropout and mixup
     return run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections.abc import Iterator
@@ -99,8 +100,11 @@ def train_epoch(run: Run, epoch: int) -> None:
         if run.step % config.training.log_every == 0 or run.step == run.end_of(epoch):
             log_step(run)
         run.hooks.after_step(run)
-        if decision.stop:
-            raise Stopped(decision.stop, run.step)
+        stop = decision.stop
+        if stop or decision.save or run.step == run.end_of(epoch):
+            stop = health.settle(run) or stop
+        if stop:
+            raise Stopped(stop, run.step)
         if decision.save and run.step < run.end_of(epoch):
             checkpointing.save(run)
 
@@ -112,7 +116,7 @@ def train_step(run: Run, batches: Batches) -> health.StepDecision:
         What all ranks agreed on: whether the step was bad, whether to save, whether to stop.
     """
     run.scheduler.step_update(run.step)
-    run.buffers.keep()
+    run.buffers.keep(run.step)
     accumulate = run.config.training.accumulate
     loss = torch.zeros((), device=run.world.device)
     for micro in range(accumulate):
@@ -120,27 +124,47 @@ def train_step(run: Run, batches: Batches) -> health.StepDecision:
             images, targets = next(batches)
         with run.meter.clock("forward_backward"):
             loss += forward_backward(run, images, targets, last=micro == accumulate - 1)
+    return update(run, loss)
+
+
+def update(run: Run, loss: Tensor) -> health.StepDecision:
+    """Update the weights by their gradients, unless ranks agree that a loss or gradient is not finite."""
     if run.scaler is not None:
         run.scaler.unscale_(run.optimizer)
     if run.pruner is not None:
         run.pruner.mask_gradients()
     gradients = [p.grad for p in run.model.parameters() if p.grad is not None]
     norm = get_total_norm(gradients)
-    decision = health.sync_step_flags(run, loss, health.full_norm(norm), checkpoint_due=checkpointing.due(run))
-    if decision.bad:
-        health.skip_step(run, bad_loss=decision.bad_loss)
+    full_norm = health.full_norm(norm)
+    flags = health.step_flags(run, loss, full_norm, checkpoint_due=checkpointing.due(run))
+    if health.reads_late(run):
+        decision = health.take_late(run, flags)
+        take_step(run, norm)
+        run.meter.add(loss, full_norm, bad=flags[0] > 0)
     else:
-        if run.config.optimizer.clip_grad is not None:
-            clip_grads_with_norm_(run.model.parameters(), run.config.optimizer.clip_grad, norm)
-        run.optimizer.step()
-        if run.ema is not None:
-            run.ema.update(run.model, run.step + 1)
-        run.bad_steps = 0
-        run.meter.add(loss, decision.norm)
+        stop = health.settle(run)
+        decision = health.decide(flags)
+        decision = dataclasses.replace(decision, stop=decision.stop or stop)
+        if decision.bad:
+            health.skip_step(run, step=run.step, bad_loss=decision.bad_loss)
+        else:
+            health.found_good(run.optimizer)
+            take_step(run, norm)
+            run.bad_steps = 0
+            run.meter.add(loss, full_norm)
     if run.scaler is not None:
         health.update_scale(run.scaler, bad=decision.bad)
     run.optimizer.zero_grad(set_to_none=True)
     return decision
+
+
+def take_step(run: Run, norm: Tensor) -> None:
+    """Clip the gradients, step the optimizer and update the average of the weights."""
+    if run.config.optimizer.clip_grad is not None:
+        clip_grads_with_norm_(run.model.parameters(), run.config.optimizer.clip_grad, norm)
+    run.optimizer.step()
+    if run.ema is not None:
+        run.ema.update(run.model, run.step + 1)
 
 
 def forward_backward(run: Run, images: Tensor, targets: Tensor, *, last: bool) -> Tensor:
@@ -154,7 +178,11 @@ def forward_backward(run: Run, images: Tensor, targets: Tensor, *, last: bool) -
     with nullcontext() if last or no_sync is None else no_sync():
         with torch.autocast(run.world.device.type, DTYPES[training.precision], enabled=training.precision != "float32"):
             loss: Tensor = run.loss(run.ddp_model(images), targets) / training.accumulate
-        (loss if run.scaler is None else run.scaler.scale(loss)).backward()
+        if run.late and run.scaler is None:
+            # A bad loss makes bad gradients, which reach all ranks: nothing else has to.
+            loss.backward(torch.where(loss.detach().isfinite(), 1.0, torch.nan))
+        else:
+            (loss if run.scaler is None else run.scaler.scale(loss)).backward()
     return loss.detach()
 
 

@@ -36,7 +36,10 @@ class PipelineRun:
         if self.taken + self.prefetch <= self.batches:
             self.pipeline.schedule_run()  # the first call schedules `prefetch` batches
         self.taken += 1
-        return self.pipeline.outputs()
+        if self.pipeline.device_id is None:
+            return self.pipeline.outputs()
+        # In order on torch's stream: the host does not wait for the images.
+        return self.pipeline.outputs(torch.cuda.current_stream().cuda_stream)
 
     def next(self) -> tuple[Tensor, IndexArray]:
         """Images float32 [B, 3, H, W] on the pipeline's device, and their positions in the file list, int64 [B]."""
@@ -98,7 +101,10 @@ def serve(
             raise pipeline_error(error, samples, ahead, where=where(start // size)) from error
         real = len(wanted)
         assert np.array_equal(positions[:real], np.arange(start, start + real)), "DALI left the order that it was given"
-        yield images[:real], labels[wanted].to(options.device, non_blocking=True)
+        own = labels[wanted]
+        if options.device.type == "cuda":
+            own = own.pin_memory()
+        yield images[:real], own.to(options.device, non_blocking=True)
 
 
 def dali_device(options: LoaderOptions) -> str:
@@ -166,6 +172,7 @@ class DaliTrain(TrainLoader):
         batches = len(part) // micro - skip
         if batches == 0:
             return
+        self._run = None  # its memory is free before the next one takes its own
         self._run = self._open(part, epoch, pipeline, batches)
         yield from serve(
             self._run,

@@ -106,6 +106,7 @@ def train_images(encoded: Any, spec: ImageSpec, augment: AugmentConfig, device: 
         device=decoder(device),
         output_type=types.RGB,
         adjust_orientation=False,
+        jpeg_fancy_upsampling=True,
         random_area=list(augment.scale),
         random_aspect_ratio=list(augment.ratio),
         num_attempts=10,
@@ -129,7 +130,13 @@ def val_images(encoded: Any, spec: ImageSpec, device: str) -> Any:
     up, and crops would lie a pixel apart. Like PIL, neither backend turns an image by its EXIF orientation.
     """
     encoded, shape = checked(encoded)
-    images: Any = fn.decoders.image(encoded, device=decoder(device), output_type=types.RGB, adjust_orientation=False)
+    images: Any = fn.decoders.image(
+        encoded,
+        device=decoder(device),
+        output_type=types.RGB,
+        adjust_orientation=False,
+        jpeg_fancy_upsampling=True,  # on a GPU too, as libjpeg-turbo does it on the CPU
+    )
     resize: dict[str, Any] = {"size": spec.resize}
     if spec.crop_mode == "center" and spec.size[0] == spec.size[1]:
         shorter = math.min(shape[0], shape[1])

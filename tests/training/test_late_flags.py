@@ -1,0 +1,195 @@
+"""Steps whose flags the host reads one step late, as on a GPU; here on the CPU, which has fused optimizers too."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from device_form import on_the_device
+from fake_cuda import DEVICE, Launches, as_fake_cuda
+from small_runs import small_config, with_changes
+from test_resume import curve, last_state
+from test_training import make_run, poison
+from torch._subclasses.fake_tensor import DataDependentOutputException
+
+from asp_dist.checkpoint.record import run_dir
+from asp_dist.config import Config
+from asp_dist.pruning.kernels import device_control
+from asp_dist.tracking import read_rows
+from asp_dist.training import health, trainer
+from asp_dist.training.health import BadNumbers, LateFlags, StepDecision
+from asp_dist.training.hooks import Hooks, Stopped
+from asp_dist.training.run import Run, build_run
+from asp_dist.training.trainer import train
+from asp_dist.training.world import World
+
+
+def config_of(folder: Path, **changes: Any) -> Config:
+    return with_changes(small_config(folder, optimizer__kwargs={"fused": True}, output__checkpoint_minutes=None), **changes)
+
+
+@pytest.fixture
+def late(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Runs are late, and prune in the form of a GPU; gets whether each step was."""
+    build, reads = build_run, health.reads_late
+    found = []
+
+    def late_run(*arguments: Any) -> Run:
+        with on_the_device():
+            run = build(*arguments)
+        run.late = True
+        return run
+
+    def reads_late(run: Run) -> bool:
+        found.append(reads(run))
+        return found[-1]
+
+    monkeypatch.setattr(trainer, "build_run", late_run)
+    monkeypatch.setattr(health, "reads_late", reads_late)
+    return found
+
+
+def skipped(config: Config) -> list[str]:
+    rows = read_rows(run_dir(config) / "metrics.jsonl")
+    return [str(row["message"]) for row in rows if row.get("event") == "skipped_step"]
+
+
+def test_reading_late_changes_no_bit(tmp_path: Path, late: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two = (config_of(tmp_path / name) for name in ("late", "now"))
+    train(one, World())
+    assert late == [True] * 12
+    monkeypatch.setattr(health, "reads_late", lambda run: False)
+    train(two, World())
+    states = [last_state(run_dir(config)) for config in (one, two)]
+    assert all(torch.equal(tensor, states[1]["model"][name]) for name, tensor in states[0]["model"].items())
+    assert curve(run_dir(one)) == curve(run_dir(two))
+
+
+@pytest.mark.parametrize("how", ["image", "gradient"])
+def test_a_bad_step_is_skipped_on_the_device(
+    tmp_path: Path, late: list[bool], monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """Found one step later, it is counted, and batch norm is as before it; then the host looks at once for a while."""
+    config = config_of(tmp_path)
+    seen: dict[int, dict[str, torch.Tensor]] = {}
+    original = trainer.update
+
+    def remember(run: Run, loss: torch.Tensor) -> StepDecision:
+        decision = original(run, loss)
+        seen[run.step] = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
+        return decision
+
+    monkeypatch.setattr(trainer, "update", remember)
+    poison(monkeypatch, {5}, how)
+    summary = train(config, World())
+    assert late[:7] == [True] * 7 and not any(late[7:])
+    for name, tensor in seen[4].items():
+        if "running" not in name and "num_batches" not in name:
+            assert torch.equal(seen[5][name], tensor), name
+    assert all(bool(tensor.isfinite().all()) for tensor in seen[6].values())
+    assert summary["bad_steps"] == 1 and summary["sparsity"] == pytest.approx(0.9, abs=5e-4)
+    assert skipped(config) == ["step 6 skipped: its loss or gradients were not finite"]
+
+
+def test_a_bad_step_is_found_before_a_checkpoint_and_at_the_end(
+    tmp_path: Path, late: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(tmp_path)
+    poison(monkeypatch, {3, 11}, "image")  # the last steps of an epoch and of the run
+    summary = train(config, World())
+    assert len(skipped(config)) == 2 and summary["bad_steps"] == 2
+    assert all(bool(tensor.isfinite().all()) for tensor in last_state(run_dir(config))["model"].values())
+
+
+def test_too_many_bad_steps_end_the_run(tmp_path: Path, late: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of(tmp_path, training__max_bad_steps=3)
+    poison(monkeypatch, set(range(5, 100)), "gradient")
+    with pytest.raises(BadNumbers, match=r"3 steps in a row.*layer2\.0\.conv1\.weight"):  # by the gradients of the third
+        train(config, World())
+
+
+def test_a_stop_comes_one_step_later_and_resumes_bit_for_bit(
+    tmp_path: Path, late: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stop(Hooks):
+        run: Run | None = None
+
+        def after_step(self, run: Run) -> None:
+            self.run = run
+
+        def stop_requested(self) -> str | None:
+            return "SIGTERM" if self.run is not None and self.run.step == 5 else None
+
+    whole, config = config_of(tmp_path / "whole"), config_of(tmp_path / "parts")
+    train(whole, World())
+    with pytest.raises(Stopped) as stopped:
+        train(config, World(), Stop())
+    assert stopped.value.step == 7  # asked for before step 6, agreed in it, read in the next
+    train(config, World())
+    states = [last_state(run_dir(one)) for one in (whole, config)]
+    assert all(torch.equal(tensor, states[1]["model"][name]) for name, tensor in states[0]["model"].items())
+
+
+class FakeFlags(LateFlags):
+    """Fake tensors have no values to arrive."""
+
+    def __init__(self, step: int, flags: torch.Tensor) -> None:
+        self.step = step
+        assert flags.device == DEVICE
+
+    def decision(self) -> StepDecision:
+        return health.GO_ON
+
+
+def fused_sgd(*arguments: Any, found_inf: torch.Tensor, **options: Any) -> None:
+    """Fake tensors know no fused optimizer; it takes the flag from the device."""
+    assert found_inf.device == DEVICE and all(one.device == DEVICE for tensors in arguments for one in tensors)
+
+
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Run, Any]:
+    """A run after its first step, all on a fake CUDA device, with gradients."""
+    with on_the_device():
+        run = make_run(config_of(tmp_path, optimizer__clip_grad=1.0, pruning__control="track", pruning__operator="power"))
+    run.late = True
+    trainer.train_step(run, run.loaders.train.start(0))
+    run.step = 1
+    for parameter in run.model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    mode = as_fake_cuda(run.model, run.optimizer, run.pruner, run.meter, run.buffers)
+    run.world = dataclasses.replace(run.world, device=DEVICE)
+    monkeypatch.setattr(health, "LateFlags", FakeFlags)
+    monkeypatch.setattr(device_control, "to_device", lambda values, device: values.to(device))
+    monkeypatch.setattr(torch, "_fused_sgd_", fused_sgd)
+    return run, mode
+
+
+def fake_update(run: Run, mode: Any) -> list[str]:
+    """What the update of the weights launches."""
+    with warnings.catch_warnings(), mode, Launches() as seen:
+        warnings.simplefilter("ignore", UserWarning)  # a fake tensor has no address
+        run.buffers.keep(run.step)
+        trainer.update(run, torch.zeros((), device=DEVICE))
+    return seen.names
+
+
+def test_an_update_reads_nothing_from_the_device(fake: tuple[Run, Any]) -> None:
+    """The trainer's decision, clipping, the optimizer and the engine on fake CUDA tensors: a read would raise an error."""
+    names = fake_update(*fake)
+    print(names)
+    assert {"threshold_products", "run_program", "write_layers", "linalg_vector_norm"} <= set(names)
+
+
+def test_a_read_in_the_update_is_found(fake: tuple[Run, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    original = health.step_flags
+
+    def reads(run: Run, loss: torch.Tensor, norm: torch.Tensor, *, checkpoint_due: bool) -> torch.Tensor:
+        return original(run, loss * norm.item(), norm, checkpoint_due=checkpoint_due)
+
+    monkeypatch.setattr(health, "step_flags", reads)
+    with pytest.raises(DataDependentOutputException):
+        fake_update(*fake)
