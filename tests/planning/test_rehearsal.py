@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from recipes import CONFIGS, RECIPES, load
+from recipes import CONFIGS, RECIPES, load, quick_precision
 from torch import Tensor
 
 from asp_dist import cli
@@ -29,14 +29,18 @@ SIBLINGS = {
     "efficientnet": "test_efficientnet",
     "mobilenetv3": "test_efficientnet",
 }
+# Half of its blocks show the same.
+FEWER_BLOCKS = {"test_convnext": '{"depths": [1, 1, 2, 1]}'}
 STEPS = 75
 DONE: dict[str, Rehearsal] = {}
 
 
 def sibling(recipe: str, folder: Path, *overrides: str) -> Config:
     network = next((small for part, small in SIBLINGS.items() if part in recipe), "test_resnet")
-    changes = ("--data.root", "/nowhere", "--output.dir", str(folder), "--model.name", network, "--model.kwargs", "{}")
-    return load(recipe, *changes, "--training.device", "cpu", "--pruning.select.min_weights", "500", *overrides)
+    model = ("--model.name", network, "--model.kwargs", FEWER_BLOCKS.get(network, "{}"))
+    changes = ("--data.root", "/nowhere", "--output.dir", str(folder), *model)
+    quick = (word for name, value in quick_precision(recipe).items() for word in (f"--{name}", value))
+    return load(recipe, *changes, "--training.device", "cpu", "--pruning.select.min_weights", "500", *quick, *overrides)
 
 
 def said(found: Rehearsal) -> str:
@@ -72,7 +76,7 @@ def test_the_allocations_rate_over_the_warm_ups_is_found(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(track.TrackController, "move", remember)
     monkeypatch.setattr(track.TrackController, "_learn", learn_by_the_first)
-    found = rehearse(sibling("imagenet_resnet50", tmp_path), steps=STEPS)
+    found = rehearse(sibling("imagenet_resnet50", tmp_path, "--training.precision", "float32"), steps=STEPS)
     broken = {one.name for one in found.verdicts if not one.good}
     print(said(found))
     assert "layers with the allocation at its bound" in broken
