@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 from typing import IO, Any, Literal
 
@@ -17,11 +18,19 @@ from torch.optim import SGD, Optimizer
 
 import asp_dist.models  # noqa: F401  (registers the paper's networks)
 from asp_dist.bench.published import PublishedLoss
-from asp_dist.config import PruningConfig
+from asp_dist.config import Precision, PruningConfig, TrainingConfig
 from asp_dist.pruning import Budget, Pruner, SparsityLoss
+from asp_dist.training import build
+from asp_dist.training.build import DTYPES
+from asp_dist.training.world import World, init_world, started_by_torchrun
 
 LR = 1e-3  # Small: the steps are timed, not learned from.
-OPTIONS: dict[str, Any] = {"lr": LR, "momentum": 0.9, "weight_decay": 1e-4, "foreach": True}
+OPTIONS: dict[str, Any] = {"lr": LR, "momentum": 0.9, "weight_decay": 1e-4}
+# Steps that the profiler sees.
+PROFILED = 3
+# What the driver calls a launch, and what makes the host wait.
+LAUNCHES = ("LaunchKernel", "GraphLaunch", "cudaMemcpyAsync", "cudaMemsetAsync")
+WAITS = ("StreamSynchronize", "DeviceSynchronize", "EventSynchronize")
 
 
 class _Clock:
@@ -59,13 +68,26 @@ class _HookTimes:
             self.stamps.clear()
 
 
-def _step(model: nn.Module, optimizer: Optimizer, images: Tensor, labels: Tensor, extra: Callable[[], Tensor] | None) -> None:
+def _step(
+    model: nn.Module,
+    optimizer: Optimizer,
+    images: Tensor,
+    labels: Tensor,
+    extra: Callable[[], Tensor] | None,
+    precision: torch.dtype,
+) -> None:
     optimizer.zero_grad()
-    loss = nn.functional.cross_entropy(model(images), labels)
+    with torch.autocast(images.device.type, precision, enabled=precision != torch.float32):
+        loss = nn.functional.cross_entropy(model(images), labels)
     if extra is not None:
         loss = loss + extra()
     loss.backward()
     optimizer.step()
+
+
+def _in_world(model: nn.Module, world: World) -> nn.Module:
+    """Under DDP, as the trainer wraps it, where there are several workers."""
+    return build.wrap_model(TrainingConfig(), model, world)
 
 
 def _copy_bandwidth(weights: list[Tensor], clock: _Clock, repeats: int) -> float:
@@ -78,6 +100,28 @@ def _copy_bandwidth(weights: list[Tensor], clock: _Clock, repeats: int) -> float
             target.copy_(weight)
         best = min(best, clock() - start)
     return 2 * sum(weight.nbytes for weight in weights) / best
+
+
+def _profile(step: Callable[[], None], device: torch.device, trace: str | None) -> dict[str, float] | None:
+    """Launches and waits of the host per step on a GPU; None on the CPU. `trace` gets a file for chrome://tracing."""
+    if device.type != "cuda" and trace is None:
+        return None
+    from torch.profiler import ProfilerActivity, profile
+
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
+    with profile(activities=activities) as profiler:
+        for _ in range(PROFILED):
+            step()
+    if trace is not None:
+        profiler.export_chrome_trace(trace)
+    if device.type != "cuda":
+        return None
+    counts = {event.key: event.count for event in profiler.key_averages()}
+
+    def of(names: tuple[str, ...]) -> float:
+        return sum(count for key, count in counts.items() if any(name in key for name in names)) / PROFILED
+
+    return {"launches": of(LAUNCHES), "waits": of(WAITS)}
 
 
 def bench_overhead(
@@ -93,6 +137,9 @@ def bench_overhead(
     wrapper: bool = True,
     cpu_time: bool = False,
     device: str = "cpu",
+    precision: Precision = "float32",
+    channels_last: bool = False,
+    trace: str | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Time dense training, training with the engine, and with a parametrization-style wrapper, one step of each in turn.
@@ -109,24 +156,31 @@ def bench_overhead(
         wrapper: also time the published form, which prunes in each forward pass.
         cpu_time: count processor time, over all threads, in place of the clock's: what others do on a busy machine then
             matters less. Meant for one thread (OMP_NUM_THREADS=1), as threads that wait count too.
-        device: where.
+        device: where. Under torchrun, each process on its own device, and all under DDP.
+        precision: autocast type of forward and backward.
+        channels_last: memory order of images and convolutions.
+        trace: file for a profiler's trace of the engine's steps; None: none is written.
         seed: of the weights and images, which are noise.
 
     Returns:
         Medians in seconds (``dense``, ``engine``, ``wrapper``), the medians of the rounds' ratios to the dense step, the
         engine's own time per step (``own``), the optimizer's (``optimizer``) and the ratio of the two, the copy bandwidth in
-        bytes per second, and ``passes``: how often the engine's own time would read the prunable weights once at it.
+        bytes per second, and ``passes``: how often the engine's own time would read the prunable weights once at it. On a
+        GPU, ``launches`` and ``waits`` of the host per step, of the dense and of the engine's steps.
     """
     torch.manual_seed(seed)
-    place = torch.device(device)
+    world = init_world(device) if started_by_torchrun() else World(device=torch.device(device))
+    place = world.device
     clock = _Clock(place, cpu_time)
-    dense = timm.create_model(model).to(place).train()
-    images = torch.randn(batch_size, 3, input_size, input_size, device=place)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    dense = timm.create_model(model).to(place).to(memory_format=layout).train()
+    images = torch.randn(batch_size, 3, input_size, input_size, device=place).contiguous(memory_format=layout)
+    sgd: dict[str, Any] = {**OPTIONS, ("fused" if place.type == "cuda" else "foreach"): True}
     labels = torch.randint(0, dense.get_classifier().out_features, (batch_size,), device=place)
     pruned, wrapped = copy.deepcopy(dense), copy.deepcopy(dense)
     threshold = float(torch.special.erfinv(torch.tensor(sparsity)) * 2**0.5)
 
-    optimizer = SGD(pruned.parameters(), **OPTIONS)
+    optimizer = SGD(pruned.parameters(), **sgd)
     times = _HookTimes(optimizer, clock)
     times.mark()
     budget = Budget.parameters(sparsity=sparsity)
@@ -135,8 +189,8 @@ def bench_overhead(
     pruner = Pruner(pruned, optimizer, budget, control=chosen, operator=options.build_operator())
     times.mark()
     forms: dict[str, tuple[nn.Module, Optimizer, Callable[[], Tensor] | None]] = {
-        "dense": (dense, SGD(dense.parameters(), **OPTIONS), None),
-        "engine": (pruned, optimizer, None),
+        "dense": (_in_world(dense, world), SGD(dense.parameters(), **sgd), None),
+        "engine": (_in_world(pruned, world), optimizer, None),
     }
     if wrapper:
         published = PublishedLoss(wrapped, 1.0 - sparsity, 10.0, threshold)
@@ -146,9 +200,14 @@ def bench_overhead(
         order = list(forms) if index % 2 else list(forms)[::-1]
         for name in order:
             start = clock()
-            _step(*forms[name][:2], images, labels, forms[name][2])
+            _step(*forms[name][:2], images, labels, forms[name][2], DTYPES[precision])
             seconds[name].append(clock() - start)
     seconds = {name: values[warmup:] for name, values in seconds.items()}
+    profiled = {}
+    for name in ("dense", "engine"):
+        form = forms[name]
+        step = partial(_step, *form[:2], images, labels, form[2], DTYPES[precision])
+        profiled[name] = _profile(step, place, trace if name == "engine" else None)
     weights = [info.parameter.detach() for info in pruner.pruned_weights]
     size = sum(weight.nbytes for weight in weights)
     bandwidth = _copy_bandwidth(weights, clock, steps)
@@ -161,7 +220,11 @@ def bench_overhead(
         "control": control,
         "operator": operator,
         "clock": "processor time" if cpu_time else "clock",
-        "device": device,
+        "device": torch.cuda.get_device_name(place) if place.type == "cuda" else device,
+        "workers": world.world_size,
+        "precision": precision,
+        "channels_last": channels_last,
+        "per_step": {name: found for name, found in profiled.items() if found is not None},
         "threads": torch.get_num_threads(),
         "prunable_weights": sum(weight.numel() for weight in weights),
         "seconds": {name: median(values) for name, values in seconds.items()},
@@ -183,6 +246,7 @@ def print_overhead(result: dict[str, Any], file: IO[str] | None = None) -> None:
     console = Console(file=file, highlight=False, soft_wrap=True)
     table = Table(
         title=f"{result['model']} at {result['input_size']}², batch {result['batch_size']}, {result['device']}, "
+        f"{result['precision']}, "
         f"{result['threads']} threads, {result['clock']}, medians of {result['steps']} alternating steps"
     )
     for heading in ("training", "ms per step", "over dense"):
@@ -203,3 +267,7 @@ def print_overhead(result: dict[str, Any], file: IO[str] | None = None) -> None:
         f"At the copy bandwidth of {result['copy_bandwidth'] / 1e9:.1f} GB/s that is {result['passes']:.1f} passes over the "
         f"{result['prunable_weights']:,} prunable weights, of which it keeps one copy ({result['extra_bytes'] / 1e6:.0f} MB)."
     )
+    for name, found in result["per_step"].items():
+        console.print(
+            f"{labels[name]}: {found['launches']:.0f} launches per step, and the host waits {found['waits']:.1f} times."
+        )

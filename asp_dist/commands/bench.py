@@ -29,6 +29,11 @@ def add_overhead_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=10, help="timed steps of each kind.")
     parser.add_argument("--control", type=Literal["loss", "track"], default="loss", help="what moves the thresholds.")
     parser.add_argument("--operator", type=Literal["hard", "soft", "power"], default="hard", help="pruning operator.")
+    parser.add_argument(
+        "--precision", type=Literal["float32", "bfloat16", "float16"], default="float32", help="type of forward and backward."
+    )
+    parser.add_argument("--channels-last", action="store_true", help="channels_last memory order.")
+    parser.add_argument("--trace", type=str | None, default=None, help="file for a profiler's trace of three steps.")
     parser.add_argument("--cpu-time", action="store_true", help="measure processor time, for busy machines.")
 
 

@@ -26,7 +26,7 @@ from asp_dist.pruning.macs import macs_per_weight
 from asp_dist.pruning.options import Budget, Control, Hard, Operator, Ramp, Select, SparsityLoss
 from asp_dist.pruning.passes import HostPasses, means_are_chance
 from asp_dist.pruning.snapshot import Snapshot
-from asp_dist.pruning.weights import LayerWeights, RankReducer, checksum, local
+from asp_dist.pruning.weights import LayerWeights, RankReducer, checksum, local, swap_in_dense, swap_out_dense
 
 # Ranks that differ by no more have rounded differently: thresholds relative to their size, or to 1 below it; weights in units
 # of the last place of their layer's largest one, or as a share of it where the places are few.
@@ -132,7 +132,8 @@ class Pruner:
             self.layers, self.reducer, operator, nearby=control.density == "measured"
         )
         self.controller = self._build_controller(self.passes.home)
-        if self.controller.fusible and runs_on_device(self.device) and fits(self.layers, operator):
+        fused = self.controller.fusible and fits(self.layers, operator) and runs_on_device(self.device)
+        if self.reducer.all_agree(fused):  # a rank without a compiler would send sums of another form
             self.passes = DevicePasses(self.layers, self.reducer, operator)
             self.controller = self._build_controller(self.passes.home)
         self.problem = self.controller.problem
@@ -181,25 +182,24 @@ class Pruner:
             self.layers[index].check_storage()
         # Fused optimizers unscale the gradients inside their step.
         self.passes.take_products(mine, self._written_at, self.gradient_scale, getattr(optimizer, "grad_scale", None))
-        for index in mine:
-            self.layers[index].swap_in_dense()
+        swap_in_dense(self.layers[index] for index in mine)
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer) -> None:
         """Put the pruned weights back; after the last optimizer's step, move the thresholds first."""
         found_inf = getattr(optimizer, "found_inf", None)
-        on_device = self._device_control is not None and not self.frozen
         # A fused optimizer was called, and skipped its update. On the device, the device alone knows.
-        skipped = not on_device and found_inf is not None and float(found_inf) > 0
+        skipped = self._device_control is None and found_inf is not None and float(found_inf) > 0
         last = optimizer is self.optimizers[-1]
         mine = self._trained_by(optimizer)
         self.skipped += skipped and last
         if self.frozen:
             self.passes.mask_weights(mine)
             self._gradients_masked = self._gradients_masked and not last
+            if last and self._device_control is not None and found_inf is not None:
+                self._device_control.skips += found_inf
         else:
-            for index in mine:
-                self.layers[index].swap_out_dense()
+            swap_out_dense(self.layers[index] for index in mine)
             if not last:
                 self._write_pruned(mine)
             elif self._device_control is not None:

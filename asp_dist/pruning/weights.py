@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -224,20 +224,6 @@ class LayerWeights:
         """Where a frozen mask has removed weights: boolean, in the parameter's local shape; see `projection.freeze_`."""
         return self.dense != 0
 
-    def swap_in_dense(self) -> None:
-        """Put the dense weights into the parameter, as the optimizer expects them."""
-        if self.sharded:
-            self.pruned.copy_(self.dense)
-        else:
-            self.parameter.data = self.dense
-
-    def swap_out_dense(self) -> None:
-        """Store the parameter's values as the dense weights, and put the pruned ones in again."""
-        if self.sharded:
-            self.dense.copy_(self.pruned)
-        else:
-            self.parameter.data = self.pruned
-
     def gather(self, tensor: Tensor) -> Tensor:
         """The whole parameter's tensor out of the ranks' local ones, on every rank; a collective where it is sharded."""
         parameter = self.parameter
@@ -263,6 +249,30 @@ class LayerWeights:
         rows = -(-whole.shape[0] // dist.get_world_size(group))
         start = min(dist.get_rank(group) * rows, whole.shape[0])
         into.copy_(whole[start : start + into.shape[0]])
+
+
+def swap_in_dense(layers: Iterable[LayerWeights]) -> None:
+    """Put the dense weights into the parameters, as the optimizer expects them."""
+    shards = []
+    for layer in layers:
+        if layer.sharded:
+            shards.append(layer)
+        else:
+            layer.parameter.data = layer.dense
+    if shards:
+        torch._foreach_copy_([layer.pruned for layer in shards], [layer.dense for layer in shards])
+
+
+def swap_out_dense(layers: Iterable[LayerWeights]) -> None:
+    """Store the parameters' values as the dense weights, and put the pruned ones in again."""
+    shards = []
+    for layer in layers:
+        if layer.sharded:
+            shards.append(layer)
+        else:
+            layer.parameter.data = layer.pruned
+    if shards:
+        torch._foreach_copy_([layer.dense for layer in shards], [layer.pruned for layer in shards])
 
 
 class RankReducer:
@@ -303,6 +313,14 @@ class RankReducer:
         """Overwrite `tensor` by the first rank's."""
         if self.world_size > 1:
             dist.broadcast(tensor, 0 if self.group is None else dist.get_global_rank(self.group, 0), group=self.group)
+
+    def all_agree(self, answer: bool) -> bool:
+        """Whether every rank's answer is yes; a collective."""
+        if self.world_size == 1:
+            return answer
+        flag = torch.tensor(float(answer), device=self.share.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MIN, group=self.group)
+        return bool(flag > 0)
 
     def max_minus_min(self, values: Tensor) -> Tensor:
         """max − min over ranks of each number, to prove that ranks agree: zeros when they do."""
