@@ -65,8 +65,13 @@ def pruned_dot(gradient: Tensor, dense: Tensor, pruned: Tensor, threshold: float
     """
     if operator.keeps_values:
         return _dot(gradient, dense) - _dot(gradient, pruned)
-    parts = [(chunk, w.float() if _is_half(w) else w) for chunk, w in blocks(gradient, dense)]
-    return _sum([_dot(chunk.to(w.dtype), w - torch.hardshrink(w, threshold)) for chunk, w in parts])
+    return _sum([_dot(chunk, _removed(w, threshold)) for chunk, w in blocks(gradient, dense)])
+
+
+def _removed(weights: Tensor, threshold: float) -> Tensor:
+    """The weights that are pruned, zero elsewhere; half precision as float32, or the threshold would be rounded."""
+    whole = weights.float() if _is_half(weights) else weights
+    return whole - torch.hardshrink(whole, threshold)
 
 
 def scale_pruned_gradient_(gradient: Tensor | None, pruned: Tensor, scale: float) -> None:
@@ -83,8 +88,9 @@ def scale_pruned_gradient_(gradient: Tensor | None, pruned: Tensor, scale: float
 
 def count_above(weights: Tensor, threshold: float) -> Tensor:
     """Number of weights with |w| > threshold of a flat tensor, as a scalar integer tensor."""
-    chunks = [chunk.float() if _is_half(chunk) else chunk for (chunk,) in blocks(weights)]  # else b is rounded to half
-    return torch.stack([torch.count_nonzero(chunk.abs() > threshold) for chunk in chunks]).sum()
+    half = _is_half(weights)  # in which the threshold would be rounded
+    counts = [torch.count_nonzero((chunk.float() if half else chunk).abs() > threshold) for (chunk,) in blocks(weights)]
+    return torch.stack(counts).sum()
 
 
 def largest(weights: Tensor) -> Tensor:
