@@ -132,7 +132,8 @@ class Pruner:
             self.layers, self.reducer, operator, nearby=control.density == "measured"
         )
         self.controller = self._build_controller(self.passes.home)
-        fused = self.controller.fusible and fits(self.layers, operator) and runs_on_device(self.device)
+        fusible = vars(type(self.controller)).get("fusible", False)
+        fused = fusible and fits(self.layers, operator) and runs_on_device(self.device)
         if self.reducer.all_agree(fused):  # a rank without a compiler would send sums of another form
             self.passes = DevicePasses(self.layers, self.reducer, operator)
             self.controller = self._build_controller(self.passes.home)

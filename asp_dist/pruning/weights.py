@@ -132,6 +132,11 @@ def flat(tensor: Tensor) -> Tensor:
     return tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
 
 
+def _same_order(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one shape lie in memory alike; strides of dimensions of size 1 say nothing."""
+    return all(s == t for s, t, size in zip(a.stride(), b.stride(), a.shape) if size > 1)
+
+
 class LayerWeights:
     """One prunable parameter on this rank: the model's own tensor, which is pruned, and its dense weights.
 
@@ -205,7 +210,7 @@ class LayerWeights:
             return None
         if gradient.layout is not torch.strided:
             raise ValueError(f"layer {self.info.name!r}: sparse gradients cannot be pruned; exclude the layer")
-        if gradient.stride() != self.dense.stride():
+        if not _same_order(gradient, self.dense):
             aligned = torch.empty_like(self.dense)
             aligned.copy_(gradient)
             gradient = aligned

@@ -163,7 +163,7 @@ def take_step(run: Run, norm: Tensor) -> None:
     if run.config.optimizer.clip_grad is not None:
         clip_grads_with_norm_(run.model.parameters(), run.config.optimizer.clip_grad, norm)
     run.optimizer.step()
-    if run.ema is not None:
+    if run.ema is not None:  # a step that is skipped on the device moves the average towards weights that stay
         run.ema.update(run.model, run.step + 1)
 
 

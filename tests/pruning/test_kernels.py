@@ -68,7 +68,8 @@ def test_interpreted_kernels_compute_what_the_plain_passes_do() -> None:
 
 @pytest.mark.slow
 def test_interpreted_controls_compute_what_the_cpu_does() -> None:
-    for case, one in interpreted("programs").items():
+    several = [name for name in CONTROLS if name not in ("loss, multiplier", "track")]  # the others do what these do
+    for case, one in interpreted("programs", *several).items():
         print(case, one)
         assert one["kernel"], "the control's operations ran one by one"
         assert one["thresholds"] <= 1e-7

@@ -99,8 +99,8 @@ class Controller(ABC):
     Attributes:
         state: the attributes that `move` depends on and changes: tensors, or lists of tensors, that it replaces and does
             not write into.
-        fusible: whether `move` takes all it needs from tensors, and decides nothing by the number of the step: on a GPU it
-            then becomes one kernel.
+        fusible: whether `move` takes all it needs from tensors, and decides nothing by their values or by the number of the
+            step: on a GPU it then becomes one kernel. A subclass says so itself; it is not inherited.
     """
 
     state: ClassVar[tuple[str, ...]] = ()

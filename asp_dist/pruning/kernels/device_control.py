@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -18,7 +20,9 @@ from asp_dist.pruning.kernels.tiles import to_device
 # The program and its plain form may differ by so much, relatively: what the functions that they call differ by.
 AGREEMENT = 1e-6
 
-_programs: list[DeviceControl] = []
+# By their handles: an operator of torch takes no objects. A pruner that is gone takes its own along.
+_programs: WeakValueDictionary[int, DeviceControl] = WeakValueDictionary()
+_handles = itertools.count()
 
 
 class DeviceControl:
@@ -27,10 +31,11 @@ class DeviceControl:
     Args:
         controller: a controller that is `fusible`, with its tensors on the device.
         passes: the sums that it starts from.
-        center: whether the layers' means are to be subtracted.
+        thresholds: float64 [L], r at the start, in units of σ.
+        sigmas: float64 [L], σ at the start.
 
     Attributes:
-        means: float64 [L], what is to be subtracted from the dense weights; zeros if nothing is.
+        means: float64 [L], the means of the dense weights; zeros after a step that was skipped.
         weight_thresholds: float64 [L], b in weight units.
         skips: how many steps the optimizer has skipped, one number.
     """
@@ -45,8 +50,8 @@ class DeviceControl:
         self._constants: list[Tensor] = []
         self._plain = not ops.runs_kernels(passes.home)
         self._zero = torch.zeros((), device=passes.home)
-        self._handle = len(_programs)
-        _programs.append(self)
+        self._handle = next(_handles)
+        _programs[self._handle] = self
 
     def move(self, lr: Tensor, base_lr: Tensor, position: RampPosition, skip: Tensor | None) -> None:
         """One move by the sums in `DevicePasses.packed`.
@@ -137,7 +142,8 @@ class DeviceControl:
 @torch.library.custom_op("asp_dist::run_program", mutates_args=("outputs",))
 def run_program(handle: int, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
     """One move of the thresholds by the `DeviceControl` with this handle."""
-    _programs[handle].launch(inputs, outputs)
+    with ops.on(outputs[0].device):
+        _programs[handle].launch(inputs, outputs)
 
 
 run_program.register_fake(lambda handle, inputs, outputs: None)

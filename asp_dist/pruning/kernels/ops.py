@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +24,11 @@ OPERATORS: tuple[type[Operator], ...] = (Hard, Soft, Power)
 def runs_kernels(device: torch.device) -> bool:
     """Whether Triton's kernels run on tensors of `device`."""
     return device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be the tensors'."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _fill(row: Tensor, tables: Sequence[Tensor], totals: Sequence[Tensor]) -> None:
@@ -56,7 +63,8 @@ def threshold_products(
     if runs_kernels(partials.device):
         from asp_dist.pruning.kernels import multi_tensor
 
-        multi_tensor.launch_products(gradients, dense, tables, thresholds, unscale, partials, scale)
+        with on(partials.device):
+            multi_tensor.launch_products(gradients, dense, tables, thresholds, unscale, partials, scale)
         return
     totals = []
     for gradient, weights, threshold in zip(gradients, dense, thresholds.tolist()):
@@ -76,7 +84,8 @@ def layer_moments(dense: Sequence[Tensor], tables: Sequence[Tensor], partials: T
     if runs_kernels(partials.device):
         from asp_dist.pruning.kernels import multi_tensor
 
-        multi_tensor.launch_moments(dense, tables, partials)
+        with on(partials.device):
+            multi_tensor.launch_moments(dense, tables, partials)
         return
     sums = [moments(flat(weights)) for weights in dense]
     _fill(partials[SUM], tables, [total for total, _ in sums])
@@ -113,7 +122,8 @@ def write_layers(
     if runs_kernels(partials.device):
         from asp_dist.pruning.kernels import multi_tensor
 
-        multi_tensor.launch_write(dense, pruned, tables, thresholds, means, partials, ratio, operator, power, center)
+        with on(partials.device):
+            multi_tensor.launch_write(dense, pruned, tables, thresholds, means, partials, ratio, operator, power, center)
         return
     chosen = Power(power) if OPERATORS[operator] is Power else OPERATORS[operator]()
     counts: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
@@ -132,7 +142,8 @@ def count_nonzero(tensors: Sequence[Tensor], tables: Sequence[Tensor], partials:
     if runs_kernels(partials.device):
         from asp_dist.pruning.kernels import multi_tensor
 
-        multi_tensor.launch_count(tensors, tables, partials)
+        with on(partials.device):
+            multi_tensor.launch_count(tensors, tables, partials)
         return
     _fill(partials[KEPT], tables, [torch.count_nonzero(tensor) for tensor in tensors])
 
@@ -143,7 +154,8 @@ def clear_removed(tensors: Sequence[Tensor], dense: Sequence[Tensor], tables: Se
     if runs_kernels(tables[0].device):
         from asp_dist.pruning.kernels import multi_tensor
 
-        multi_tensor.launch_clear_removed(tensors, dense, tables)
+        with on(tables[0].device):
+            multi_tensor.launch_clear_removed(tensors, dense, tables)
         return
     for tensor, weights in zip(tensors, dense):
         if tensor.numel():
@@ -168,7 +180,8 @@ def combine_tiles(
     if runs_kernels(partials.device):
         from asp_dist.pruning.kernels import multi_tensor
 
-        multi_tensor.launch_combine(partials, tables, share, shard, thresholds, out)
+        with on(partials.device):
+            multi_tensor.launch_combine(partials, tables, share, shard, thresholds, out)
         return
     lengths = tables[-1].diff().long()
     for row in range(ROWS - 1):
