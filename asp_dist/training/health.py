@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 # The reasons to stop, as numbers that ranks can exchange; others arrive as "request".
 REASONS = ("request", "SIGTERM", "SIGINT", "preemption")
 
-# Where flags are read late, ranks exchange the requests to stop or to save once in so many steps.
-EXCHANGED_EVERY = 8
 # After a bad step so many are read at once, so that the next bad one can be told by its gradients.
 WATCHED_STEPS = 100
 
@@ -87,27 +85,23 @@ class LateFlags:
 
 
 def step_flags(run: Run, loss: Tensor, norm: Tensor, *, checkpoint_due: bool) -> Tensor:
-    """What the ranks decide on: bad, bad loss, why to stop, whether to save, and the norm; float32 [5] on the device.
-
-    They agree by one all-reduce. Where flags are read late, a bad loss has made every rank's gradients bad already, and ranks
-    exchange the others now and then.
+    """What the ranks agree on, by one all-reduce: bad, bad loss, why to stop, whether to save; and the norm.
 
     Args:
         run: the run; its hooks are asked whether to stop.
         loss: this rank's loss.
         norm: the gradients' norm, after averaging over ranks.
         checkpoint_due: whether this rank's clock asks for a checkpoint.
+
+    Returns:
+        float32 [5], on the device.
     """
-    together = run.world.world_size > 1 and (not run.late or run.step % EXCHANGED_EVERY == 0)
-    alone = run.world.world_size == 1
-    code = _stop_code(run) if together or alone else 0.0
-    save = float(checkpoint_due) if together or alone else 0.0
     bad_loss = ~loss.isfinite()
     bad = bad_loss | ~norm.isfinite()
     # Written by a launch: a tensor from a number of the host would wait for all that was launched before.
-    told = (torch.full_like(loss, value, dtype=torch.float32) for value in (code, save))
+    told = (torch.full_like(loss, value, dtype=torch.float32) for value in (_stop_code(run), float(checkpoint_due)))
     flags = torch.stack([bad.float(), bad_loss.float(), *told])
-    return torch.cat([run.world.max_(flags) if together else flags, norm.float().reshape(1)])
+    return torch.cat([run.world.max_(flags), norm.float().reshape(1)])
 
 
 def decide(flags: Tensor) -> StepDecision:

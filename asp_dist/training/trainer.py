@@ -178,11 +178,7 @@ def forward_backward(run: Run, images: Tensor, targets: Tensor, *, last: bool) -
     with nullcontext() if last or no_sync is None else no_sync():
         with torch.autocast(run.world.device.type, DTYPES[training.precision], enabled=training.precision != "float32"):
             loss: Tensor = run.loss(run.ddp_model(images), targets) / training.accumulate
-        if run.late and run.scaler is None:
-            # A bad loss makes bad gradients, which reach all ranks: nothing else has to.
-            loss.backward(torch.where(loss.detach().isfinite(), 1.0, torch.nan))
-        else:
-            (loss if run.scaler is None else run.scaler.scale(loss)).backward()
+        (loss if run.scaler is None else run.scaler.scale(loss)).backward()
     return loss.detach()
 
 

@@ -11,9 +11,11 @@ import pytest
 import torch
 from device_form import on_the_device
 from fake_cuda import DEVICE, Launches, as_fake_cuda
+from ranks import on_ranks
 from small_runs import small_config, with_changes
 from test_resume import curve, last_state
 from test_training import make_run, poison
+from test_training_distributed import poisoned
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from asp_dist.checkpoint.record import run_dir
@@ -25,7 +27,7 @@ from asp_dist.training.health import BadNumbers, LateFlags, StepDecision
 from asp_dist.training.hooks import Hooks, Stopped
 from asp_dist.training.run import Run, build_run
 from asp_dist.training.trainer import train
-from asp_dist.training.world import World
+from asp_dist.training.world import World, init_world
 
 
 def config_of(folder: Path, **changes: Any) -> Config:
@@ -35,20 +37,14 @@ def config_of(folder: Path, **changes: Any) -> Config:
 @pytest.fixture
 def late(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Runs are late, and prune in the form of a GPU; gets whether each step was."""
-    build, reads = build_run, health.reads_late
+    reads = health.reads_late
     found = []
-
-    def late_run(*arguments: Any) -> Run:
-        with on_the_device():
-            run = build(*arguments)
-        run.late = True
-        return run
 
     def reads_late(run: Run) -> bool:
         found.append(reads(run))
         return found[-1]
 
-    monkeypatch.setattr(trainer, "build_run", late_run)
+    monkeypatch.setattr(trainer, "build_run", late_build)
     monkeypatch.setattr(health, "reads_late", reads_late)
     return found
 
@@ -132,6 +128,32 @@ def test_a_stop_comes_one_step_later_and_resumes_bit_for_bit(
     train(config, World())
     states = [last_state(run_dir(one)) for one in (whole, config)]
     assert all(torch.equal(tensor, states[1]["model"][name]) for name, tensor in states[0]["model"].items())
+
+
+def late_ranks(folder: Path) -> dict[str, Any]:
+    """What one of two ranks finds; bad numbers are on rank 1 alone, once before the gradients are exchanged, once after."""
+    world = init_world("cpu", 60)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "build_run", late_build)
+        patch.setattr(trainer, "forward_backward", poisoned)
+        patch.setattr(health, "WATCHED_STEPS", 0)
+        summary = train(config_of(folder, pruning__agreement_every=1), world)
+    world.close()
+    return {name: summary[name] for name in ("sparsity", "bad_steps", "steps")}
+
+
+def late_build(*arguments: Any) -> Run:
+    with on_the_device():
+        run = build_run(*arguments)
+    run.late = True
+    return run
+
+
+@pytest.mark.slow
+def test_ranks_agree_on_a_bad_step_of_one_of_them(tmp_path: Path) -> None:
+    one, other = on_ranks(late_ranks, tmp_path)
+    assert one == other
+    assert one["bad_steps"] == 2 and one["steps"] == 12 and one["sparsity"] == pytest.approx(0.9, abs=5e-4)
 
 
 class FakeFlags(LateFlags):
