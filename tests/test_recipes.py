@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from recipes import CONFIGS, RECIPES, load, quick_precision
+from recipes import CONFIGS, RECIPES, load
 from safetensors.torch import load_file
 
 from asp_dist import cli
@@ -54,7 +54,6 @@ def toy(recipe: str, folder: Path) -> Config:
         "cluster.mode": "local",
         "tracking.wandb": "disabled",
         "output.dir": folder,
-        **quick_precision(recipe),
     }
     return load(recipe, *(f"--{name}={value}" for name, value in overrides.items()))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -127,8 +126,7 @@ def test_the_learned_allocation_follows_the_schedules_peak_not_its_warm_up(sched
     print(f"largest move {largest:.4f}; mean loss after the ramp {loss:.3f}, with a fixed allocation {loss_without:.3f}")
     assert 0.0 < largest <= 3 * rate + 1e-12  # three standard deviations
     assert float(controller.alpha.abs().max()) < MAX_ALPHA
-    # Ruined, it ends at chance. Single runs differ by a few tenths with the last bits of their thresholds.
-    assert loss <= 0.5 * (loss_without + math.log(10))
+    assert loss <= loss_without + 0.2  # chance is 2.303
 
 
 def test_uniform_weights_are_held_at_the_budget() -> None:

@@ -161,7 +161,8 @@ class TrackController(Controller):
         def excess(log_kappa: Tensor) -> Tensor:
             return self._cost(thresholds(log_kappa)) - goal
 
-        middle = torch.where(self.log_kappa.isnan(), -base.log().mean(), self.log_kappa)
+        usual = base.log().mean() if self.problem.unread else base.median().log()
+        middle = torch.where(self.log_kappa.isnan(), -usual, self.log_kappa)
         if self.problem.unread:
             # Beyond these no layer's threshold changes any more.
             low = (lowest.clamp_min(LEAST_THRESHOLD) / base).log().amin()
