@@ -39,6 +39,7 @@ for line in "resnet50 128 track power" "resnet50 256 loss hard" "deit_small_patc
     fi
 done
 check rehearsal asp-dist rehearse configs/imagenet_resnet50.yaml --data.root /nowhere --output.dir "$logs" --training.device cuda
+check digits asp-dist prepare digits --target "$logs/digits"
 check two-workers asp-dist train configs/quickstart.yaml --name two-workers --output.dir "$logs" --data.root "$logs/digits" \
     --cluster.num_workers "$((workers > 1 ? 2 : 1))" --tracking.wandb offline
 

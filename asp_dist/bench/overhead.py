@@ -22,7 +22,7 @@ from asp_dist.config import Precision, PruningConfig, TrainingConfig
 from asp_dist.pruning import Budget, Pruner, SparsityLoss
 from asp_dist.training import build
 from asp_dist.training.build import DTYPES
-from asp_dist.training.world import World, init_world, started_by_torchrun
+from asp_dist.training.world import World
 
 LR = 1e-3  # Small: the steps are timed, not learned from.
 OPTIONS: dict[str, Any] = {"lr": LR, "momentum": 0.9, "weight_decay": 1e-4}
@@ -102,8 +102,9 @@ def _copy_bandwidth(weights: list[Tensor], clock: _Clock, repeats: int) -> float
     return 2 * sum(weight.nbytes for weight in weights) / best
 
 
-def _profile(step: Callable[[], None], device: torch.device, trace: str | None) -> dict[str, float] | None:
-    """Launches and waits of the host per step on a GPU; None on the CPU. `trace` gets a file for chrome://tracing."""
+def _profile(step: Callable[[], None], world: World, trace: str | None) -> dict[str, float] | None:
+    """Launches and waits of the host per step on a GPU; None on the CPU. Rank 0 writes `trace`, for chrome://tracing."""
+    device = world.device
     if device.type != "cuda" and trace is None:
         return None
     from torch.profiler import ProfilerActivity, profile
@@ -112,7 +113,7 @@ def _profile(step: Callable[[], None], device: torch.device, trace: str | None) 
     with profile(activities=activities) as profiler:
         for _ in range(PROFILED):
             step()
-    if trace is not None:
+    if trace is not None and world.is_main:
         profiler.export_chrome_trace(trace)
     if device.type != "cuda":
         return None
@@ -136,7 +137,7 @@ def bench_overhead(
     operator: Literal["hard", "soft", "power"] = "hard",
     wrapper: bool = True,
     cpu_time: bool = False,
-    device: str = "cpu",
+    world: World = World(),
     precision: Precision = "float32",
     channels_last: bool = False,
     trace: str | None = None,
@@ -153,10 +154,10 @@ def bench_overhead(
         sparsity: the budget.
         control: the engine's control.
         operator: the engine's pruning operator; the wrapper's is always ``hard``.
-        wrapper: also time the published form, which prunes in each forward pass.
+        wrapper: also time the published form, which prunes in each forward pass; in one process.
         cpu_time: count processor time, over all threads, in place of the clock's: what others do on a busy machine then
             matters less. Meant for one thread (OMP_NUM_THREADS=1), as threads that wait count too.
-        device: where. Under torchrun, each process on its own device, and all under DDP.
+        world: this process's device, and the ranks that train together under DDP.
         precision: autocast type of forward and backward.
         channels_last: memory order of images and convolutions.
         trace: file for a profiler's trace of the engine's steps; None: none is written.
@@ -169,7 +170,6 @@ def bench_overhead(
         GPU, ``launches`` and ``waits`` of the host per step, of the dense and of the engine's steps.
     """
     torch.manual_seed(seed)
-    world = init_world(device) if started_by_torchrun() else World(device=torch.device(device))
     place = world.device
     clock = _Clock(place, cpu_time)
     layout = torch.channels_last if channels_last else torch.contiguous_format
@@ -192,7 +192,7 @@ def bench_overhead(
         "dense": (_in_world(dense, world), SGD(dense.parameters(), **sgd), None),
         "engine": (_in_world(pruned, world), optimizer, None),
     }
-    if wrapper:
+    if wrapper and world.world_size == 1:
         published = PublishedLoss(wrapped, 1.0 - sparsity, 10.0, threshold)
         forms["wrapper"] = (wrapped, SGD(published.parameter_groups(wrapped, LR), **OPTIONS), published)
     seconds: dict[str, list[float]] = {name: [] for name in forms}
@@ -207,7 +207,7 @@ def bench_overhead(
     for name in ("dense", "engine"):
         form = forms[name]
         step = partial(_step, *form[:2], images, labels, form[2], DTYPES[precision])
-        profiled[name] = _profile(step, place, trace if name == "engine" else None)
+        profiled[name] = _profile(step, world, trace if name == "engine" else None)
     weights = [info.parameter.detach() for info in pruner.pruned_weights]
     size = sum(weight.nbytes for weight in weights)
     bandwidth = _copy_bandwidth(weights, clock, steps)
@@ -220,7 +220,7 @@ def bench_overhead(
         "control": control,
         "operator": operator,
         "clock": "processor time" if cpu_time else "clock",
-        "device": torch.cuda.get_device_name(place) if place.type == "cuda" else device,
+        "device": torch.cuda.get_device_name(place) if place.type == "cuda" else place.type,
         "workers": world.world_size,
         "precision": precision,
         "channels_last": channels_last,

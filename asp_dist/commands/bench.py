@@ -43,11 +43,17 @@ def overhead(*, json: bool, device: str, **options: Any) -> int:
 
     from asp_dist.bench.overhead import bench_overhead, print_overhead
     from asp_dist.models import check_model_name
+    from asp_dist.training.world import World, init_world, started_by_torchrun
 
     check_model_name(options["model"])
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return _show(bench_overhead(device=device, **options), print_overhead, json)
+    world = init_world(device) if started_by_torchrun() else World(device=torch.device(device))
+    try:
+        result = bench_overhead(world=world, **options)
+    finally:
+        world.close()
+    return _show(result, print_overhead, json) if world.is_main else 0
 
 
 def add_data_arguments(parser: ArgumentParser) -> None:

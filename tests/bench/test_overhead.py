@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -38,6 +43,20 @@ def test_figures(control: Any, operator: Any) -> None:
 def test_without_the_wrapper() -> None:
     result = bench_overhead("cifar_resnet20", batch_size=2, input_size=32, steps=2, warmup=0, wrapper=False)
     assert set(result["seconds"]) == {"dense", "engine"}
+
+
+@pytest.mark.slow
+def test_two_workers_print_one_result_and_one_trace(tmp_path: Path) -> None:
+    """As `launch/gpu_check.sh` starts it, but on CPUs."""
+    trace = tmp_path / "trace.json"
+    options = ["--device", "cpu", "--channels-last", "--model", "cifar_resnet20", "--input-size", "32", "--batch-size", "4"]
+    options += ["--steps", "2", "--control", "track", "--operator", "power", "--json", "--trace", str(trace)]
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "asp_dist", "bench", "overhead"]
+    done = subprocess.run([*start, *options], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout[done.stdout.index("{") : done.stdout.rindex("}") + 1])
+    assert result["workers"] == 2 and set(result["seconds"]) == {"dense", "engine"}
+    assert any("SGD.step" in str(event.get("name")) for event in json.loads(trace.read_text())["traceEvents"])
 
 
 def test_the_wrapper_is_the_published_method() -> None:
