@@ -183,7 +183,7 @@ class Pruner:
             self.layers[index].check_storage()
         # Fused optimizers unscale the gradients inside their step.
         self.passes.take_products(mine, self._written_at, self.gradient_scale, getattr(optimizer, "grad_scale", None))
-        swap_in_dense(self.layers[index] for index in mine)
+        swap_in_dense([self.layers[index] for index in mine])
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer) -> None:
@@ -200,7 +200,7 @@ class Pruner:
             if last and self._device_control is not None and found_inf is not None:
                 self._device_control.skips += found_inf
         else:
-            swap_out_dense(self.layers[index] for index in mine)
+            swap_out_dense([self.layers[index] for index in mine])
             if not last:
                 self._write_pruned(mine)
             elif self._device_control is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -262,28 +262,26 @@ class LayerWeights:
         into.copy_(whole[start : start + into.shape[0]])
 
 
-def swap_in_dense(layers: Iterable[LayerWeights]) -> None:
+def swap_in_dense(layers: Sequence[LayerWeights]) -> None:
     """Put the dense weights into the parameters, as the optimizer expects them."""
-    shards = []
     for layer in layers:
-        if layer.sharded:
-            shards.append(layer)
-        else:
+        if not layer.sharded:
             layer.parameter.data = layer.dense
-    if shards:
-        torch._foreach_copy_([layer.pruned for layer in shards], [layer.dense for layer in shards])
+    _copy_shards([(layer.pruned, layer.dense) for layer in layers if layer.sharded])
 
 
-def swap_out_dense(layers: Iterable[LayerWeights]) -> None:
+def swap_out_dense(layers: Sequence[LayerWeights]) -> None:
     """Store the parameters' values as the dense weights, and put the pruned ones in again."""
-    shards = []
     for layer in layers:
-        if layer.sharded:
-            shards.append(layer)
-        else:
+        if not layer.sharded:
             layer.parameter.data = layer.pruned
-    if shards:
-        torch._foreach_copy_([layer.dense for layer in shards], [layer.pruned for layer in shards])
+    _copy_shards([(layer.dense, layer.pruned) for layer in layers if layer.sharded])
+
+
+def _copy_shards(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Copy the second tensor of each pair into the first, in one launch."""
+    if pairs:
+        torch._foreach_copy_([target for target, _ in pairs], [source for _, source in pairs])
 
 
 class RankReducer:
@@ -315,10 +313,14 @@ class RankReducer:
         rows = [column * self.share for column in columns]
         if of_first is not None:
             rows.append(of_first if self.rank == 0 else torch.zeros_like(of_first))
-        packed = torch.stack(rows)
-        dist.all_reduce(packed, group=self.group)
-        self.calls += 1
-        return list(packed.unbind())
+        return list(self.sum_(torch.stack(rows)).unbind())
+
+    def sum_(self, packed: Tensor) -> Tensor:
+        """Sum `packed` over the ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(packed, group=self.group)
+            self.calls += 1
+        return packed
 
     def broadcast_(self, tensor: Tensor) -> None:
         """Overwrite `tensor` by the first rank's."""

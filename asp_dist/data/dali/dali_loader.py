@@ -39,7 +39,7 @@ class PipelineRun:
         if self.pipeline.device_id is None:
             return self.pipeline.outputs()
         # In order on torch's stream: the host does not wait for the images.
-        return self.pipeline.outputs(torch.cuda.current_stream().cuda_stream)
+        return self.pipeline.outputs(torch.cuda.current_stream(self.pipeline.device_id).cuda_stream)
 
     def next(self) -> tuple[Tensor, IndexArray]:
         """Images float32 [B, 3, H, W] on the pipeline's device, and their positions in the file list, int64 [B]."""

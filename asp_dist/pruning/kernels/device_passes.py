@@ -8,7 +8,6 @@ from functools import cache
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from asp_dist.pruning.density import NEARBY
@@ -73,9 +72,7 @@ class DevicePasses:
         """Leave the ranks' sums in `packed`, float64 [ROWS + shards, L]; see `ops.combine_tiles`."""
         ops.layer_moments(self._dense(), self.tiles.tables(), self.tiles.partials)
         ops.combine_tiles(self.tiles.partials, self.tiles.tables(), self._share, self._shard, thresholds, self.packed)
-        if self.reducer.world_size > 1:
-            dist.all_reduce(self.packed, group=self.reducer.group)
-            self.reducer.calls += 1
+        self.reducer.sum_(self.packed)
 
     def unpack(self, packed: Tensor) -> LayerSums:
         """The rows of `packed`."""
@@ -121,9 +118,7 @@ class DevicePasses:
         ops.count_nonzero([layer.flat_pruned() for layer in self.layers], self.tiles.tables(), partials)
         out = torch.zeros_like(self.packed)
         ops.combine_tiles(partials, self.tiles.tables(), self._share, self._shard, self._zeros, out)
-        if self.reducer.world_size > 1:
-            dist.all_reduce(out, group=self.reducer.group)
-            self.reducer.calls += 1
+        self.reducer.sum_(out)
         return out[KEPT].cpu().round()
 
     def state_dict(self) -> dict[str, Any]:

@@ -6,7 +6,7 @@ run get the same bits. Weights are computed with in float32, and summed in float
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import triton
 import triton.language as tl
@@ -41,6 +41,15 @@ def _store(address, kind, offsets, values, mask):
 
 
 @triton.jit
+def _place(tile_layer, tile_start, numel, TILE: tl.constexpr):
+    """This program's tile: its layer, the places of its weights in it, and which of them exist."""
+    tile = tl.program_id(0)
+    layer = tl.load(tile_layer + tile)
+    offsets = tl.load(tile_start + tile) + tl.arange(0, TILE)
+    return tile, layer, offsets, offsets < tl.load(numel + layer)
+
+
+@triton.jit
 def _rounded(values, kind):
     """float32 values as the layer's type holds them: to nearest, ties to even."""
     rounded = values
@@ -59,12 +68,10 @@ def _products(
     SCALED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Σ over pruned weights of gradient·weight; their gradients times `scale`."""
-    tile = tl.program_id(0)
-    layer = tl.load(tile_layer + tile)
+    tile, layer, offsets, exists = _place(tile_layer, tile_start, numel, TILE)
     kind = tl.load(kinds + layer)
     source = tl.load(gradients + layer)
-    offsets = tl.load(tile_start + tile) + tl.arange(0, TILE)
-    mask = (offsets < tl.load(numel + layer)) & (source != 0)
+    mask = exists & (source != 0)
     gradient = _load(source, kind, offsets, mask)
     weights = _load(tl.load(dense + layer), kind, offsets, mask)
     removed = mask & (tl.abs(weights) <= tl.load(thresholds + layer).to(tl.float32))
@@ -77,10 +84,7 @@ def _products(
 @triton.jit
 def _moments(dense, numel, kinds, tile_layer, tile_start, sums, squares, TILE: tl.constexpr):
     """Σw and Σw²."""
-    tile = tl.program_id(0)
-    layer = tl.load(tile_layer + tile)
-    offsets = tl.load(tile_start + tile) + tl.arange(0, TILE)
-    mask = offsets < tl.load(numel + layer)
+    tile, layer, offsets, mask = _place(tile_layer, tile_start, numel, TILE)
     weights = _load(tl.load(dense + layer), tl.load(kinds + layer), offsets, mask).to(tl.float64)
     tl.store(sums + tile, tl.sum(weights))
     tl.store(squares + tile, tl.sum(weights * weights))
@@ -92,11 +96,8 @@ def _write(
     RATIO: tl.constexpr, OPERATOR: tl.constexpr, CENTER: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """w −= mean; the pruned weights; how many are kept, and how many would be at RATIO times the threshold; the largest |w|."""
-    tile = tl.program_id(0)
-    layer = tl.load(tile_layer + tile)
+    tile, layer, offsets, mask = _place(tile_layer, tile_start, numel, TILE)
     kind = tl.load(kinds + layer)
-    offsets = tl.load(tile_start + tile) + tl.arange(0, TILE)
-    mask = offsets < tl.load(numel + layer)
     source = tl.load(dense + layer)
     weights = _load(source, kind, offsets, mask)
     if CENTER:
@@ -127,10 +128,7 @@ def _write(
 @triton.jit
 def _count(tensors, numel, kinds, tile_layer, tile_start, kept, TILE: tl.constexpr):
     """How many weights are not zero."""
-    tile = tl.program_id(0)
-    layer = tl.load(tile_layer + tile)
-    offsets = tl.load(tile_start + tile) + tl.arange(0, TILE)
-    mask = offsets < tl.load(numel + layer)
+    tile, layer, offsets, mask = _place(tile_layer, tile_start, numel, TILE)
     values = _load(tl.load(tensors + layer), tl.load(kinds + layer), offsets, mask)
     tl.store(kept + tile, tl.sum((mask & (values != 0)).to(tl.int32)).to(tl.float64))
 
@@ -138,12 +136,10 @@ def _count(tensors, numel, kinds, tile_layer, tile_start, kept, TILE: tl.constex
 @triton.jit
 def _clear_removed(tensors, dense, numel, kinds, tile_layer, tile_start, TILE: tl.constexpr):
     """Zero what a frozen mask has removed: where the dense weights are not zero."""
-    tile = tl.program_id(0)
-    layer = tl.load(tile_layer + tile)
+    _, layer, offsets, exists = _place(tile_layer, tile_start, numel, TILE)
     kind = tl.load(kinds + layer)
     target = tl.load(tensors + layer)
-    offsets = tl.load(tile_start + tile) + tl.arange(0, TILE)
-    mask = (offsets < tl.load(numel + layer)) & (target != 0)
+    mask = exists & (target != 0)
     weights = _load(tl.load(dense + layer), kind, offsets, mask)
     _store(target, kind, offsets, tl.zeros_like(weights), mask & (weights != 0))
 
@@ -174,7 +170,7 @@ def _combine(partials, first, share, thresholds, out, tiles, layers, shard, ROWS
     tl.store(out + last * layers + layer, tl.load(thresholds + layer) * tl.load(share + layers))
 
 
-def launch_products(
+def _launch_products(
     gradients: Sequence[Tensor],
     dense: Sequence[Tensor],
     tables: Sequence[Tensor],
@@ -190,14 +186,14 @@ def launch_products(
     )  # fmt: skip
 
 
-def launch_moments(dense: Sequence[Tensor], tables: Sequence[Tensor], partials: Tensor) -> None:
+def _launch_moments(dense: Sequence[Tensor], tables: Sequence[Tensor], partials: Tensor) -> None:
     numel, kinds, layer, start, _ = tables
     _moments[(layer.numel(),)](
         addresses(dense), numel, kinds, layer, start, partials[SUM], partials[SQUARES], TILE=TILE, num_warps=WARPS
     )
 
 
-def launch_write(
+def _launch_write(
     dense: Sequence[Tensor],
     pruned: Sequence[Tensor],
     tables: Sequence[Tensor],
@@ -217,22 +213,32 @@ def launch_write(
     )  # fmt: skip
 
 
-def launch_count(tensors: Sequence[Tensor], tables: Sequence[Tensor], partials: Tensor) -> None:
+def _launch_count(tensors: Sequence[Tensor], tables: Sequence[Tensor], partials: Tensor) -> None:
     numel, kinds, layer, start, _ = tables
     _count[(layer.numel(),)](addresses(tensors), numel, kinds, layer, start, partials[KEPT], TILE=TILE, num_warps=WARPS)
 
 
-def launch_clear_removed(tensors: Sequence[Tensor], dense: Sequence[Tensor], tables: Sequence[Tensor]) -> None:
+def _launch_clear_removed(tensors: Sequence[Tensor], dense: Sequence[Tensor], tables: Sequence[Tensor]) -> None:
     numel, kinds, layer, start, _ = tables
     _clear_removed[(layer.numel(),)](
         addresses(tensors), addresses(dense), numel, kinds, layer, start, TILE=TILE, num_warps=WARPS
     )
 
 
-def launch_combine(
+def _launch_combine(
     partials: Tensor, tables: Sequence[Tensor], share: Tensor, shard: Tensor, thresholds: Tensor, out: Tensor
 ) -> None:
     first, layers = tables[-1], thresholds.numel()
     _combine[(layers,)](
         partials, first, share, thresholds, out, partials.shape[1], layers, shard, ROWS=ROWS, BLOCK=COMBINED_TILES
     )
+
+
+LAUNCHES: dict[str, Callable[..., None]] = {
+    "products": _launch_products,
+    "moments": _launch_moments,
+    "write": _launch_write,
+    "count": _launch_count,
+    "clear_removed": _launch_clear_removed,
+    "combine": _launch_combine,
+}

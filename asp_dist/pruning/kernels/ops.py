@@ -31,6 +31,17 @@ def on(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
+def _launched(kernel: str, device: torch.device, *arguments: Any) -> bool:
+    """Launch a kernel of `multi_tensor` over all layers; False where the plain form has to do."""
+    if not runs_kernels(device):
+        return False
+    from asp_dist.pruning.kernels import multi_tensor
+
+    with on(device):
+        multi_tensor.LAUNCHES[kernel](*arguments)
+    return True
+
+
 def _fill(row: Tensor, tables: Sequence[Tensor], totals: Sequence[Tensor]) -> None:
     """Leave each layer's total in its first tile."""
     row.zero_()
@@ -60,11 +71,7 @@ def threshold_products(
         partials: see `Tiles.partials`.
         scale: θ.
     """
-    if runs_kernels(partials.device):
-        from asp_dist.pruning.kernels import multi_tensor
-
-        with on(partials.device):
-            multi_tensor.launch_products(gradients, dense, tables, thresholds, unscale, partials, scale)
+    if _launched("products", partials.device, gradients, dense, tables, thresholds, unscale, partials, scale):
         return
     totals = []
     for gradient, weights, threshold in zip(gradients, dense, thresholds.tolist()):
@@ -81,11 +88,7 @@ def threshold_products(
 @torch.library.custom_op("asp_dist::layer_moments", mutates_args=("partials",))
 def layer_moments(dense: Sequence[Tensor], tables: Sequence[Tensor], partials: Tensor) -> None:
     """Σw and Σw², per tile."""
-    if runs_kernels(partials.device):
-        from asp_dist.pruning.kernels import multi_tensor
-
-        with on(partials.device):
-            multi_tensor.launch_moments(dense, tables, partials)
+    if _launched("moments", partials.device, dense, tables, partials):
         return
     sums = [moments(flat(weights)) for weights in dense]
     _fill(partials[SUM], tables, [total for total, _ in sums])
@@ -119,11 +122,7 @@ def write_layers(
         power: p of `Power`.
         center: whether the means are subtracted.
     """
-    if runs_kernels(partials.device):
-        from asp_dist.pruning.kernels import multi_tensor
-
-        with on(partials.device):
-            multi_tensor.launch_write(dense, pruned, tables, thresholds, means, partials, ratio, operator, power, center)
+    if _launched("write", partials.device, dense, pruned, tables, thresholds, means, partials, ratio, operator, power, center):
         return
     chosen = Power(power) if OPERATORS[operator] is Power else OPERATORS[operator]()
     counts: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
@@ -139,11 +138,7 @@ def write_layers(
 @torch.library.custom_op("asp_dist::count_nonzero", mutates_args=("partials",))
 def count_nonzero(tensors: Sequence[Tensor], tables: Sequence[Tensor], partials: Tensor) -> None:
     """How many weights of each layer are not zero, per tile."""
-    if runs_kernels(partials.device):
-        from asp_dist.pruning.kernels import multi_tensor
-
-        with on(partials.device):
-            multi_tensor.launch_count(tensors, tables, partials)
+    if _launched("count", partials.device, tensors, tables, partials):
         return
     _fill(partials[KEPT], tables, [torch.count_nonzero(tensor) for tensor in tensors])
 
@@ -151,11 +146,7 @@ def count_nonzero(tensors: Sequence[Tensor], tables: Sequence[Tensor], partials:
 @torch.library.custom_op("asp_dist::clear_removed", mutates_args=("tensors",))
 def clear_removed(tensors: Sequence[Tensor], dense: Sequence[Tensor], tables: Sequence[Tensor]) -> None:
     """Zero what a frozen mask has removed, where `dense` is not zero; an empty tensor is left out."""
-    if runs_kernels(tables[0].device):
-        from asp_dist.pruning.kernels import multi_tensor
-
-        with on(tables[0].device):
-            multi_tensor.launch_clear_removed(tensors, dense, tables)
+    if _launched("clear_removed", tables[0].device, tensors, dense, tables):
         return
     for tensor, weights in zip(tensors, dense):
         if tensor.numel():
@@ -177,11 +168,7 @@ def combine_tiles(
         thresholds: float64 [L].
         out: float64 [ROWS + shards, L]: products, Σw, Σw², kept, nearby; the largest |w| of each shard; the thresholds.
     """
-    if runs_kernels(partials.device):
-        from asp_dist.pruning.kernels import multi_tensor
-
-        with on(partials.device):
-            multi_tensor.launch_combine(partials, tables, share, shard, thresholds, out)
+    if _launched("combine", partials.device, partials, tables, share, shard, thresholds, out):
         return
     lengths = tables[-1].diff().long()
     for row in range(ROWS - 1):
