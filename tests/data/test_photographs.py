@@ -50,4 +50,5 @@ def test_validation_agrees_with_torchvision_on_photographs(photographs: Samples,
             differences.append(((mine - theirs) * std).abs().mean().item())
     assert len(differences) == len(photographs) == 250
     assert max(differences) <= 0.01  # the line to hold
-    assert max(differences) <= 0.0015  # measured: 0.001 at most, 0.0006 in the mean: less than a level of 255
+    # Measured: 3e-4 at most and 1e-5 on average; a level of 255 is 4e-3.
+    assert max(differences) <= 0.0005 and sum(differences) / len(differences) <= 0.00003

@@ -136,9 +136,10 @@ def test_training_crops_are_resized_as_by_pil(square: Reader, interpolation: str
 
 def test_images_resized_by_threads_stay_in_their_places() -> None:
     images = [np.full((8 + i, 12, 3), i, dtype=np.uint8) for i in range(11)]
+    sizes = [np.array([5, 6 + i], dtype=np.int32) for i in range(11)]
     for threads in (1, 3, 16):
-        resized = TorchResize((5, 6), "bicubic", threads)(images)
-        assert [(image.shape, image.min(), image.max()) for image in resized] == [((5, 6, 3), i, i) for i in range(11)]
+        resized = TorchResize("bicubic", threads)(images, sizes)
+        assert [(image.shape, image.min(), image.max()) for image in resized] == [((5, 6 + i, 3), i, i) for i in range(11)]
 
 
 def test_erasing_puts_the_mean_on_a_rectangle_with_its_probability(square: Reader) -> None:

@@ -137,13 +137,17 @@ def val_images(encoded: Any, spec: ImageSpec, device: str) -> Any:
         adjust_orientation=False,
         jpeg_fancy_upsampling=True,  # on a GPU too, as libjpeg-turbo does it on the CPU
     )
-    resize: dict[str, Any] = {"size": spec.resize}
+    size: Any = spec.resize
+    mode = "default"
     if spec.crop_mode == "center" and spec.size[0] == spec.size[1]:
-        shorter = math.min(shape[0], shape[1])
-        resize["size"] = fn.cast(shape[0:2] * spec.resize[0] // shorter, dtype=types.FLOAT)
+        size = shape[0:2] * spec.resize[0] // math.min(shape[0], shape[1])
     elif spec.crop_mode == "center":
-        resize["mode"] = "not_smaller"
-    images = fn.resize(images, **resize, interp_type=INTERPOLATION[spec.interpolation], antialias=True)
+        mode = "not_smaller"
+    if device == "cpu" and spec.interpolation in MODES and mode == "default":
+        return normalize(torch_resize(images, size, spec.interpolation, crop=spec.size), spec)
+    if not isinstance(size, tuple):
+        size = fn.cast(size, dtype=types.FLOAT)
+    images = fn.resize(images, size=size, mode=mode, interp_type=INTERPOLATION[spec.interpolation], antialias=True)
     places = {f"crop_pos_{axis}": _center(images.shape()[i], spec.size[i]) for i, axis in enumerate("yx")}
     return normalize(images, spec, crop=spec.size, rounding="truncate", **places)
 
