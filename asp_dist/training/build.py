@@ -14,7 +14,6 @@ from timm.layers import convert_sync_batchnorm
 from timm.loss import SoftTargetCrossEntropy
 from timm.optim import OptimInfo, create_optimizer_v2, get_optimizer_info, list_optimizers
 from timm.scheduler import create_scheduler_v2
-from timm.utils import ModelEmaV3
 from torch import nn
 
 from asp_dist.config import Config, OptimizerConfig, ScheduleConfig, TrainingConfig
@@ -147,13 +146,6 @@ def build_loss(config: Config) -> nn.Module:
     if config.data.augment.mixup > 0 or config.data.augment.cutmix > 0:
         return SoftTargetCrossEntropy()
     return nn.CrossEntropyLoss(label_smoothing=config.training.label_smoothing)
-
-
-def build_ema(config: TrainingConfig, model: nn.Module) -> ModelEmaV3 | None:
-    """timm's moving average of the weights, or None. Its decay warms up, so that short runs profit too."""
-    if config.ema_decay is None:
-        return None
-    return ModelEmaV3(model, decay=config.ema_decay, use_warmup=True)
 
 
 def build_scaler(config: TrainingConfig, device: torch.device) -> torch.amp.GradScaler | None:

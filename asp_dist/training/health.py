@@ -143,8 +143,12 @@ def settle(run: Run) -> str | None:
 
 
 def account(run: Run, decision: StepDecision, step: int) -> StepDecision:
-    """Count a step that was decided on the device; batch norm forgets a bad one, and what came after it."""
+    """Count a step that was decided on the device; batch norm forgets a bad one, and what came after it.
+
+    The average of the weights waits for it: a bad step's statistics would stay in there.
+    """
     if not decision.bad:
+        run.average_weights(step)
         run.bad_steps = 0
         return decision
     run.watched_until = step + WATCHED_STEPS

@@ -6,16 +6,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from asp_dist.config import TrainingConfig
+from asp_dist.data.base import Batch
 from asp_dist.pruning import Pruner
 from asp_dist.pruning.names import LayerRow
 from asp_dist.tracking.schema import VAL_TOP1
 from asp_dist.training.evaluation import evaluate_model
 from asp_dist.training.world import World
-
-Batch = tuple[Tensor, Tensor]
 
 
 def pick_subset(batches: Iterable[Batch], images: int, world: World, num_samples: int) -> list[Batch]:

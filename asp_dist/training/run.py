@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from asp_dist.checkpoint.format import capture_rng, restore_rng, seed_everything
 from asp_dist.checkpoint.manager import CheckpointManager
 from asp_dist.checkpoint.record import run_dir
-from asp_dist.config import Config
+from asp_dist.config import Config, TrainingConfig
 from asp_dist.data import Loaders, build_loaders, inspect_data
 from asp_dist.data.images import build_spec
 from asp_dist.models import build_model
@@ -37,31 +37,51 @@ PROGRESS = ("step", "closed_epochs", "bad_steps", "skipped", "best", "results")
 
 
 class BufferGuard:
-    """Copies of a model's buffers from before the last two steps: a batch with bad numbers must not stay in batch norm."""
+    """Copies of a model's buffers from before the last two steps: a batch with bad numbers must not stay in batch norm.
+
+    Attributes:
+        tensors: the buffers themselves, by name.
+    """
 
     def __init__(self, model: nn.Module) -> None:
-        self._buffers = [buffer for buffer in model.buffers() if not isinstance(buffer, DTensor)]
-        # Buffers of one type at a time: torch copies mixed lists one by one.
-        kinds = dict.fromkeys(buffer.dtype for buffer in self._buffers)
-        self._lists = [[buffer for buffer in self._buffers if buffer.dtype == kind] for kind in kinds]
-        self._copies = [[[buffer.clone() for buffer in one] for one in self._lists] for _ in range(2)]
+        self.tensors = {name: buffer for name, buffer in model.named_buffers() if not isinstance(buffer, DTensor)}
+        self._copies = [{name: buffer.clone() for name, buffer in self.tensors.items()} for _ in range(2)]
+        self._steps = [-1, -1]
 
     @torch.no_grad()
     def keep(self, step: int) -> None:
         """Remember the buffers as they are before optimizer step `step`."""
-        for copies, buffers in zip(self._copies[step % 2], self._lists):
-            torch._foreach_copy_(copies, buffers)
+        copy_alike_(self._copies[step % 2], self.tensors)
+        self._steps[step % 2] = step
 
     @torch.no_grad()
     def restore(self, step: int) -> None:
         """Put them back as they were before optimizer step `step`, the last one or the one before."""
-        for copies, buffers in zip(self._copies[step % 2], self._lists):
-            torch._foreach_copy_(buffers, copies)
+        copy_alike_(self.tensors, self._copies[step % 2])
 
-    @property
-    def tensors(self) -> list[torch.Tensor]:
-        """The buffers themselves."""
-        return self._buffers
+    def at(self, step: int) -> dict[str, torch.Tensor]:
+        """The buffers as they were before optimizer step `step`, the one that runs, or is next."""
+        return self._copies[step % 2] if self._steps[step % 2] == step else self.tensors
+
+
+def copy_alike_(to: dict[str, torch.Tensor], values: dict[str, torch.Tensor]) -> None:
+    """Copy tensors by name, those of one type at a time: torch copies mixed lists one by one."""
+    for kind in dict.fromkeys(tensor.dtype for tensor in to.values()):
+        names = [name for name, tensor in to.items() if tensor.dtype == kind]
+        torch._foreach_copy_([to[name] for name in names], [values[name] for name in names])
+
+
+class WeightAverage(ModelEmaV3):
+    """timm's moving average of the weights, with a launch for each type of tensors instead of one for each counter."""
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int | None = None, buffers: dict[str, torch.Tensor] | None = None) -> None:
+        """Take `model`'s weights in; `step` counts from 1, and `buffers` are taken instead of its own of these names."""
+        mine = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+        theirs = {**dict(model.named_parameters()), **dict(model.named_buffers()), **(buffers or {})}
+        names = [name for name, tensor in mine.items() if tensor.is_floating_point()]
+        self._foreach_lerp_([mine[n] for n in names], [theirs[n] for n in names], weight=1.0 - self.get_decay(step))
+        copy_alike_({name: tensor for name, tensor in mine.items() if not tensor.is_floating_point()}, theirs)
 
 
 @dataclass
@@ -94,7 +114,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     scheduler: Any
     scaler: torch.amp.GradScaler | None
-    ema: ModelEmaV3 | None
+    ema: WeightAverage | None
     mixup: Mixup | None
     loss: nn.Module
     loaders: Loaders
@@ -127,6 +147,11 @@ class Run:
     def epochs(self) -> int:
         """Epochs, the last one cut short by ``training.max_steps`` perhaps."""
         return math.ceil(self.total_steps / self.steps_per_epoch)
+
+    def average_weights(self, step: int) -> None:
+        """Take the weights as optimizer step `step`, the last one, left them into their average, if there is one."""
+        if self.ema is not None:
+            self.ema.update(self.model, step + 1, self.buffers.at(step + 1))
 
     def end_of(self, epoch: int) -> int:
         """Optimizer steps done when `epoch` (from 0) is."""
@@ -180,7 +205,7 @@ def build_run(config: Config, world: World, hooks: Hooks, checkpoints: Checkpoin
         optimizer=optimizer,
         scheduler=build.build_scheduler(config.schedule, optimizer, loaders.train.steps_per_epoch),
         scaler=build.build_scaler(training, world.device),
-        ema=build.build_ema(training, model),
+        ema=build_average(training, model),
         mixup=build.build_mixup(config, len(info.classes)),
         loss=build.build_loss(config),
         loaders=loaders,
@@ -196,6 +221,11 @@ def build_run(config: Config, world: World, hooks: Hooks, checkpoints: Checkpoin
     )
     seed_everything(training.seed + 1000003 * (1 + world.rank))  # each rank draws its own dropout and mixup
     return run
+
+
+def build_average(config: TrainingConfig, model: nn.Module) -> WeightAverage | None:
+    """The moving average of the weights, or None. Its decay warms up, so that short runs profit too."""
+    return None if config.ema_decay is None else WeightAverage(model, decay=config.ema_decay, use_warmup=True)
 
 
 def capture_state(run: Run) -> dict[str, Any]:

@@ -150,6 +150,7 @@ def update(run: Run, loss: Tensor) -> health.StepDecision:
         else:
             health.found_good(run.optimizer)
             take_step(run, norm)
+            run.average_weights(run.step)
             run.bad_steps = 0
             run.meter.add(loss, full_norm)
     if run.scaler is not None:
@@ -159,12 +160,10 @@ def update(run: Run, loss: Tensor) -> health.StepDecision:
 
 
 def take_step(run: Run, norm: Tensor) -> None:
-    """Clip the gradients, step the optimizer and update the average of the weights."""
+    """Clip the gradients and step the optimizer."""
     if run.config.optimizer.clip_grad is not None:
         clip_grads_with_norm_(run.model.parameters(), run.config.optimizer.clip_grad, norm)
     run.optimizer.step()
-    if run.ema is not None:  # a step that is skipped on the device moves the average towards weights that stay
-        run.ema.update(run.model, run.step + 1)
 
 
 def forward_backward(run: Run, images: Tensor, targets: Tensor, *, last: bool) -> Tensor:

@@ -25,7 +25,7 @@ from asp_dist.tracking.schema import (
     VAL_TOP1,
 )
 from asp_dist.training import health
-from asp_dist.training.evaluation import evaluate_model
+from asp_dist.training.evaluation import evaluate_models
 from asp_dist.training.layer_accuracy import add_to_rows, layer_accuracy, pick_subset
 from asp_dist.training.run import Run, full_state
 from asp_dist.weight_files import save_safetensors
@@ -43,13 +43,16 @@ def validate(run: Run) -> bool:
         BadNumbers: see `health.check_layers`.
     """
     world = run.world
-    world.broadcast_(run.buffers.tensors)  # DDP trains with rank 0's batch norm statistics
+    world.broadcast_(list(run.buffers.tensors.values()))  # DDP trains with rank 0's batch norm statistics
     training = run.config.training
     on_batch = partial(health.raise_if_stopped, run)
-    results: dict[str, Any] = evaluate_model(run.model, run.loaders.val, training, world, on_batch)
+    models = [run.model]
     if run.ema is not None:
         world.broadcast_(list(run.ema.module.buffers()))
-        average = evaluate_model(averaged_model(run), run.loaders.val, training, world, on_batch)
+        models.append(averaged_model(run))
+    numbers_of = evaluate_models(models, run.loaders.val, training, world, on_batch)
+    results: dict[str, Any] = dict(numbers_of[0])
+    for average in numbers_of[1:]:
         results.update({name.replace(VAL, VAL_EMA): value for name, value in average.items()})
     run.results = results
     run.snapshot = run.pruner.snapshot() if run.pruner is not None else None

@@ -101,6 +101,48 @@ def test_a_bad_step_is_found_before_a_checkpoint_and_at_the_end(
     assert all(bool(tensor.isfinite().all()) for tensor in last_state(run_dir(config))["model"].values())
 
 
+class ByHand(Hooks):
+    """The average of the weights over the steps that were not bad, by timm's formula."""
+
+    def __init__(self, bad: set[int]) -> None:
+        super().__init__()
+        self.bad = bad
+        self.average: dict[str, torch.Tensor] = {}
+
+    def after_step(self, run: Run) -> None:
+        assert run.ema is not None
+        if run.step - 1 not in self.bad:
+            decay = run.ema.get_decay(run.step)
+            for name, weight in run.model.named_parameters():
+                before = self.average.get(name, torch.zeros_like(weight))
+                self.average[name] = (decay * before + (1.0 - decay) * weight).detach()
+
+
+@pytest.mark.parametrize("bad", [{5}, {3, 9}])
+def test_a_bad_step_never_reaches_the_average(
+    tmp_path: Path, late: list[bool], monkeypatch: pytest.MonkeyPatch, bad: set[int]
+) -> None:
+    """Neither in the middle of an epoch nor at its end; batch norm's statistics would stay bad in there."""
+    poison(monkeypatch, bad, "image")
+    config, hooks = config_of(tmp_path, training__ema_decay=0.9), ByHand(bad)
+    train(config, World(), hooks)
+    average = last_state(run_dir(config))["ema"]
+    assert any(late) and len(skipped(config)) == len(bad)
+    assert all(bool(tensor.isfinite().all()) for tensor in average.values())
+    for name, expected in hooks.average.items():
+        assert torch.allclose(average[name], expected, atol=1e-6), name
+
+
+def test_the_average_is_the_same_read_late_or_not(tmp_path: Path, late: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two = (config_of(tmp_path / name, training__ema_decay=0.9) for name in ("late", "now"))
+    train(one, World())
+    assert late == [True] * 12
+    monkeypatch.setattr(health, "reads_late", lambda run: False)
+    train(two, World())
+    mine, theirs = (last_state(run_dir(config))["ema"] for config in (one, two))
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in mine.items())
+
+
 def test_too_many_bad_steps_end_the_run(tmp_path: Path, late: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_of(tmp_path, training__max_bad_steps=3)
     poison(monkeypatch, set(range(5, 100)), "gradient")
@@ -176,13 +218,17 @@ def fused_sgd(*arguments: Any, found_inf: torch.Tensor, **options: Any) -> None:
 def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Run, Any]:
     """A run after its first step, all on a fake CUDA device, with gradients."""
     with on_the_device():
-        run = make_run(config_of(tmp_path, optimizer__clip_grad=1.0, pruning__control="track", pruning__operator="power"))
+        run = make_run(
+            config_of(
+                tmp_path, optimizer__clip_grad=1.0, training__ema_decay=0.9, pruning__control="track", pruning__operator="power"
+            )
+        )
     run.late = True
     trainer.train_step(run, run.loaders.train.start(0))
     run.step = 1
     for parameter in run.model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    mode = as_fake_cuda(run.model, run.optimizer, run.pruner, run.meter, run.buffers)
+    mode = as_fake_cuda(run.model, run.optimizer, run.pruner, run.meter, run.buffers, run.ema)
     run.world = dataclasses.replace(run.world, device=DEVICE)
     monkeypatch.setattr(health, "LateFlags", FakeFlags)
     monkeypatch.setattr(device_control, "to_device", lambda values, device: values.to(device))
@@ -203,7 +249,8 @@ def test_an_update_reads_nothing_from_the_device(fake: tuple[Run, Any]) -> None:
     """The trainer's decision, clipping, the optimizer and the engine on fake CUDA tensors: a read would raise an error."""
     names = fake_update(*fake)
     print(names)
-    assert {"threshold_products", "run_program", "write_layers", "linalg_vector_norm"} <= set(names)
+    assert {"threshold_products", "run_program", "write_layers", "linalg_vector_norm", "_foreach_lerp_"} <= set(names)
+    assert "copy_" not in names  # batch norm's counters, one by one
 
 
 def test_a_read_in_the_update_is_found(fake: tuple[Run, Any], monkeypatch: pytest.MonkeyPatch) -> None:

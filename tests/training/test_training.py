@@ -21,12 +21,12 @@ from asp_dist.config import Config, OptimizerConfig, ScheduleConfig, TrainingCon
 from asp_dist.errors import UserError
 from asp_dist.tracking import read_rows
 from asp_dist.training import trainer as trainer_module
-from asp_dist.training.build import build_ema, build_optimizer, build_scaler, build_scheduler
-from asp_dist.training.evaluation import evaluate_model
+from asp_dist.training.build import build_optimizer, build_scaler, build_scheduler
+from asp_dist.training.evaluation import evaluate_model, evaluate_models, whole_batches
 from asp_dist.training.health import BadNumbers
 from asp_dist.training.hooks import Hooks, Stopped
 from asp_dist.training.preflight import preflight
-from asp_dist.training.run import Run, build_run
+from asp_dist.training.run import Run, build_average, build_run
 from asp_dist.training.trainer import train
 from asp_dist.training.validation import validate
 from asp_dist.training.world import World
@@ -97,8 +97,8 @@ def test_optimizer_by_name() -> None:
 
 def test_average_and_scaler_are_optional() -> None:
     model = nn.Linear(1, 1)
-    assert build_ema(TrainingConfig(), model) is None
-    assert build_ema(TrainingConfig(ema_decay=0.9), model) is not None
+    assert build_average(TrainingConfig(), model) is None
+    assert build_average(TrainingConfig(ema_decay=0.9), model) is not None
     assert build_scaler(TrainingConfig(precision="bfloat16"), torch.device("cpu")) is None
     assert build_scaler(TrainingConfig(precision="float16"), torch.device("cpu")) is not None
 
@@ -124,6 +124,25 @@ def test_validation_counts_by_hand() -> None:
     logits = Fixed()(images)
     loss = nn.functional.cross_entropy(logits, torch.tensor([0, 1, 7, 0]))
     assert found == {"val/loss": pytest.approx(float(loss)), "val/top1": 0.5, "val/top5": 0.75, "val/samples": 4}
+
+
+def test_several_models_are_judged_in_one_reading_of_the_batches() -> None:
+    batches = [(torch.rand(4, 3, 2, 2), torch.randint(8, (4,))) for _ in range(3)]
+    models = [nn.Sequential(nn.Flatten(), nn.Linear(12, 8)) for _ in range(2)]
+    alone = [evaluate_model(model, batches, TrainingConfig(), World()) for model in models]
+    assert evaluate_models(models, iter(batches), TrainingConfig(), World()) == alone
+    assert alone[0]["val/loss"] != alone[1]["val/loss"]
+
+
+def test_batches_are_filled_up_to_one_shape() -> None:
+    images = torch.rand(5, 3, 2, 2)
+    batches = [(images, torch.arange(5)), (images[:2], torch.arange(2)), (images[:0], torch.arange(0))]
+    shapes = []
+    for (real, _), (filled, targets) in zip(batches, whole_batches(batches)):
+        shapes.append((len(filled), len(targets)))
+        assert torch.equal(filled[: len(targets)], real) and not filled[len(targets) :].any()
+    assert shapes == [(5, 5), (5, 2), (5, 0)]
+    assert [len(filled) for filled, _ in whole_batches(batches[:1:-1])] == [1]  # a rank without any images
 
 
 def test_validation_of_fewer_classes_than_five() -> None:
