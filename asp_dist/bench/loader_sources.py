@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from asp_dist.data.base import LoaderOptions
-from asp_dist.data.dali.dali_loader import DaliTrain, DaliVal, PipelineRun, dali_device, pipeline_options
+from asp_dist.data.dali.dali_loader import DaliTrain, DaliVal, PipelineRun, pipeline_options, placement
 from asp_dist.data.order import EpochPlan
 from asp_dist.data.samples import IndexArray, Samples
 from asp_dist.data.torch_loader import TorchTrain, TorchVal
@@ -92,10 +92,9 @@ def bare_sources(samples: Samples, batch: int, options: LoaderOptions) -> dict[s
     """DALI's read alone, and its decoders alone: the limits that no pipeline exceeds."""
     from nvidia.dali import fn, pipeline_def, types
 
-    from asp_dist.data.dali.pipeline import decoder
     from asp_dist.data.dali.readers import Reader, reader_of
 
-    augment, kind = options.augment, decoder(dali_device(options))
+    augment, decoder = options.augment, placement(options).decoder
 
     @pipeline_def  # type: ignore[untyped-decorator]
     def read(reader: Reader) -> Any:
@@ -104,13 +103,13 @@ def bare_sources(samples: Samples, batch: int, options: LoaderOptions) -> dict[s
     @pipeline_def  # type: ignore[untyped-decorator]
     def decode(reader: Reader) -> Any:
         encoded, position = reader()
-        return fn.decoders.image(encoded, device=kind, output_type=types.RGB), position
+        return fn.decoders.image(encoded, **decoder, output_type=types.RGB), position
 
     @pipeline_def  # type: ignore[untyped-decorator]
     def crop(reader: Reader) -> Any:
         encoded, position = reader()
         random: dict[str, Any] = {"random_area": list(augment.scale), "random_aspect_ratio": list(augment.ratio)}
-        return fn.decoders.image_random_crop(encoded, device=kind, output_type=types.RGB, **random), position
+        return fn.decoders.image_random_crop(encoded, **decoder, output_type=types.RGB, **random), position
 
     def source(build: Callable[..., Any]) -> Source:
         def run() -> Iterator[int]:
@@ -119,7 +118,7 @@ def bare_sources(samples: Samples, batch: int, options: LoaderOptions) -> dict[s
             with reader_of(samples, part) as reader:
                 pipeline = build(reader, seed=1, **arguments)
                 pipeline.build()
-            bare = PipelineRun(pipeline, len(part) // batch, arguments["prefetch_queue_depth"], reader.tar)
+            bare = PipelineRun(pipeline, len(part) // batch, arguments["prefetch_queue_depth"], reader.tar, channels_last=False)
             for _ in range(bare.batches):
                 bare.advance()
                 yield batch

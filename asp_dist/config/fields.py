@@ -85,6 +85,28 @@ class AugmentConfig:
 
 
 @dataclass(frozen=True)
+class DaliConfig:
+    """How DALI uses a GPU; nothing here has an effect on the CPU. What is best depends on the machine: try.
+
+    Args:
+        decoder_load: share of the images that the hardware decoder takes, on GPUs that have one; None: DALI's default.
+        preallocate: width and height in pixels of the largest image, for the hardware decoder's memory; for ImageNet NVIDIA
+            gives 5980 and 6430 (its ConvNets examples). None: the memory grows while the first batches are decoded.
+        affinity: keep each worker's decoding threads on the cores near its GPU.
+    """
+
+    decoder_load: float | None = None
+    preallocate: tuple[int, int] | None = None
+    affinity: bool = False
+
+    def __post_init__(self) -> None:
+        load = self.decoder_load
+        check(load is None or 0.0 <= load <= 1.0, f"data.dali.decoder_load = {load} is outside [0, 1]")
+        sides = self.preallocate or (1, 1)
+        check(min(sides) >= 1, f"data.dali.preallocate = {list(sides)}: give width and height in pixels, at least 1 each")
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """The images and how they reach the network.
 
@@ -103,6 +125,7 @@ class DataConfig:
         synthetic_samples: (training, validation) samples of the synthetic source.
         synthetic_classes: number of classes of the synthetic source.
         augment: augmentation of the training images.
+        dali: how DALI uses a GPU.
     """
 
     root: str = "data/digits"
@@ -119,6 +142,7 @@ class DataConfig:
     synthetic_samples: tuple[int, int] = (1024, 256)
     synthetic_classes: int = 10
     augment: AugmentConfig = AugmentConfig()
+    dali: DaliConfig = DaliConfig()
 
     def __post_init__(self) -> None:
         check_address("data.root", self.root)

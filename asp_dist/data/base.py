@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from asp_dist.config import AugmentConfig
+from asp_dist.config import AugmentConfig, DaliConfig
 from asp_dist.data.images import ImageSpec, progressive_size
 from asp_dist.data.order import EpochPlan, eval_part, eval_steps
 from asp_dist.data.samples import IndexArray, Samples
@@ -37,6 +37,8 @@ class LoaderOptions:
         prefetch: batches worked ahead.
         sizes: progressive image sides over `epochs`; empty: `spec.size` throughout.
         epochs: length of the training.
+        channels_last: memory order of the images; nothing else changes.
+        dali: how DALI uses a GPU.
     """
 
     spec: ImageSpec
@@ -49,6 +51,8 @@ class LoaderOptions:
     prefetch: int = 2
     sizes: tuple[int, ...] = ()
     epochs: int = 1
+    channels_last: bool = False
+    dali: DaliConfig = DaliConfig()
 
     def spec_in(self, epoch: int) -> ImageSpec:
         """The training images' spec in `epoch`."""

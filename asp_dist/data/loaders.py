@@ -41,6 +41,7 @@ def build_loaders(
     device: torch.device,
     accumulate: int = 1,
     epochs: int = 1,
+    channels_last: bool = False,
 ) -> Loaders:
     """The training and validation loaders of one rank.
 
@@ -53,6 +54,7 @@ def build_loaders(
         device: where the batches land; a CUDA device decodes there too.
         accumulate: micro-batches per optimizer step.
         epochs: length of the training, over which ``data.progressive_sizes`` are spread.
+        channels_last: memory order of the batches, where the loader can choose it for nothing.
 
     Raises:
         UserError: a data set that is missing or unfit, a batch size that does not divide.
@@ -68,6 +70,8 @@ def build_loaders(
         prefetch=data.prefetch,
         sizes=tuple(data.progressive_sizes),
         epochs=epochs,
+        channels_last=channels_last,
+        dali=data.dali,
     )
     if data.backend == "synthetic":
         return _synthetic(data, options, accumulate)

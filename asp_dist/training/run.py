@@ -188,6 +188,7 @@ def build_run(config: Config, world: World, hooks: Hooks, checkpoints: Checkpoin
         device=world.device,
         accumulate=training.accumulate,
         epochs=config.schedule.epochs,
+        channels_last=training.channels_last,
     )
     optimizer = build.build_optimizer(config.optimizer, model)
     total_steps = count_steps(config, loaders.train.steps_per_epoch)

@@ -14,7 +14,7 @@ import torch
 from data_helpers import config, loaders, same
 from timm.data.auto_augment import RandAugment
 
-from asp_dist.config import AugmentConfig
+from asp_dist.config import AugmentConfig, DaliConfig
 from asp_dist.data import DataError, inspect_data, prepare_digits
 from asp_dist.data.bad_files import DataReadError, Suspects, examine
 from asp_dist.data.dali.dali_loader import PipelineRun
@@ -85,6 +85,22 @@ def test_backends_serve_the_same_order_and_nearly_the_same_pixels(digits: Path) 
     for (first, _), (second, _) in zip(dali.val, other.val, strict=True):
         value_range = 1 / 0.225
         assert (first - second).abs().mean().item() / value_range < 0.01
+
+
+def test_images_arrive_in_the_networks_memory_order(digits: Path) -> None:
+    first, last = (loaders(config(digits), channels_last=is_last) for is_last in (False, True))
+    for one, other in (
+        [next(one.train.start(0)) for one in (first, last)],
+        [next(iter(one.val)) for one in (first, last)],
+    ):
+        assert same(one, other) and other[0].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_nonsense_for_the_decoder_is_refused() -> None:
+    with pytest.raises(UserError, match=r"data\.dali\.decoder_load = 1\.5 is outside"):
+        DaliConfig(decoder_load=1.5)
+    with pytest.raises(UserError, match=r"data\.dali\.preallocate = \[0, 6430\]: give width and height"):
+        DaliConfig(preallocate=(0, 6430))
 
 
 def test_augmentation_differs_between_ranks_epochs_and_seeds_but_repeats(digits: Path) -> None:

@@ -12,13 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
-from asp_dist.config import AugmentConfig
-from asp_dist.data.dali.pipeline import train_pipeline, val_pipeline
+from asp_dist.config import AugmentConfig, DaliConfig
+from asp_dist.data.dali.pipeline import Placement, train_pipeline, val_pipeline
 from asp_dist.data.dali.readers import Reader, on_network
 from asp_dist.data.dali.resize import TorchResize
 from asp_dist.data.images import ImageSpec
 
 EVERYTHING = AugmentConfig(hflip=0.5, vflip=0.5, color_jitter=0.4, erase=0.25)
+GPU = Placement("gpu")
 POLICIES = ("none", "randaugment", "trivialaugment", "autoaugment")
 
 
@@ -52,7 +53,7 @@ def run(pipeline: Any) -> torch.Tensor:
 
 def train_batch(reader: Reader, augment: AugmentConfig, seed: int = 1, **spec: Any) -> torch.Tensor:
     wanted = ImageSpec(**{"size": (64, 64), **spec})
-    return run(train_pipeline(reader, wanted, augment, "cpu", batch_size=16, num_threads=1, device_id=None, seed=seed))
+    return run(train_pipeline(reader, wanted, augment, Placement(), batch_size=16, num_threads=1, device_id=None, seed=seed))
 
 
 @pytest.mark.parametrize(("policy", "interpolation"), list(zip(POLICIES, ["nearest", "bilinear", "bicubic", "lanczos"])))
@@ -60,14 +61,14 @@ def test_gpu_graphs_serialize_without_a_gpu(reader: Reader, policy: Any, interpo
     spec = ImageSpec(interpolation=interpolation)
     augment = dataclasses.replace(EVERYTHING, policy=policy)
     arguments = {"batch_size": 8, "num_threads": 2, "device_id": None}
-    train = train_pipeline(reader, spec, augment, "gpu", enable_checkpointing=True, **arguments).serialize()
+    train = train_pipeline(reader, spec, augment, GPU, enable_checkpointing=True, **arguments).serialize()
     for operator in (b"decoders__ImageRandomCrop", b"CropMirrorNormalize", b"ColorTwist", b"Erase", b"Flip"):
         assert operator in train
     assert b"PythonFunction" not in train  # which only the CPU's has
     assert train.count(b"mixed") >= 1 and train.count(b"gpu") > 5
     assert b"jpeg_fancy_upsampling" in train  # without it, chroma differs from what the CPU decodes
     for mode in ("center", "squash"):
-        val = val_pipeline(reader, dataclasses.replace(spec, crop_mode=mode), "gpu", **arguments).serialize()
+        val = val_pipeline(reader, dataclasses.replace(spec, crop_mode=mode), GPU, **arguments).serialize()
         assert all(word in val for word in (b"decoders__Image", b"mixed", b"gpu", b"jpeg_fancy_upsampling"))
 
 
@@ -75,8 +76,31 @@ def test_gpu_graphs_serialize_without_a_gpu(reader: Reader, policy: Any, interpo
 def test_gpu_graphs_serialize_for_shards(tar: bool, reader: Reader) -> None:
     shards = Reader({"paths": ["a.tar"], "index_paths": ["a.idx"]}, tar=True) if tar else reader
     arguments = {"batch_size": 8, "num_threads": 2, "device_id": None}
-    assert b"mixed" in train_pipeline(shards, ImageSpec(), EVERYTHING, "gpu", **arguments).serialize()
-    assert b"mixed" in val_pipeline(shards, ImageSpec(), "gpu", **arguments).serialize()
+    assert b"mixed" in train_pipeline(shards, ImageSpec(), EVERYTHING, GPU, **arguments).serialize()
+    assert b"mixed" in val_pipeline(shards, ImageSpec(), GPU, **arguments).serialize()
+
+
+def test_what_the_decoder_is_told_reaches_a_gpu_graph_alone(reader: Reader) -> None:
+    arguments = {"batch_size": 8, "num_threads": 2, "device_id": None}
+    words = (b"hw_decoder_load", b"preallocate_width_hint", b"preallocate_height_hint")
+    spec = ImageSpec(interpolation="lanczos")  # whose graph on the CPU can be serialized
+    told = Placement("gpu", dali=DaliConfig(decoder_load=0.5, preallocate=(5980, 6430)))
+    for place, count in ((GPU, 0), (told, 3), (dataclasses.replace(told, device="cpu"), 0)):
+        train = train_pipeline(reader, spec, EVERYTHING, place, **arguments).serialize()
+        val = val_pipeline(reader, spec, place, **arguments).serialize()
+        assert sum(word in train for word in words) == sum(word in val for word in words) == count
+
+
+@pytest.mark.parametrize("policy", ["none", "randaugment"])
+def test_the_memory_order_changes_no_pixel(reader: Reader, policy: Any) -> None:
+    augment = dataclasses.replace(EVERYTHING, policy=policy)
+    arguments = {"batch_size": 16, "num_threads": 2, "device_id": None, "seed": 3}
+    first, last = Placement(), Placement(channels_last=True)
+    for one, other in (
+        [train_pipeline(reader, ImageSpec((64, 48)), augment, place, **arguments) for place in (first, last)],
+        [val_pipeline(reader, ImageSpec((64, 64)), place, **arguments) for place in (first, last)],
+    ):
+        assert torch.equal(run(one), run(other).permute(0, 3, 1, 2))
 
 
 @pytest.mark.parametrize("crop_pct", [0.875, 0.95, 1.0])
@@ -87,7 +111,7 @@ def test_validation_agrees_with_torchvision(reader: Reader, crop_pct: float, int
     from torchvision.transforms import InterpolationMode
 
     spec = ImageSpec((64, 64), crop_pct, crop_mode, interpolation)
-    mine = run(val_pipeline(reader, spec, "cpu", batch_size=16, num_threads=1, device_id=None))
+    mine = run(val_pipeline(reader, spec, Placement(), batch_size=16, num_threads=1, device_id=None))
     resize: Any = spec.resize if crop_mode == "squash" else spec.resize[0]
     theirs = transforms.Compose(
         [

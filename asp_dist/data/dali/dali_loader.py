@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,6 +16,9 @@ from asp_dist.data.base import Batch, LoaderOptions, TrainLoader, ValLoader
 from asp_dist.data.order import EpochPlan
 from asp_dist.data.samples import IndexArray, Samples
 
+if TYPE_CHECKING:
+    from asp_dist.data.dali.pipeline import Placement
+
 
 class PipelineRun:
     """A DALI pipeline run for exactly `batches` batches: nothing is prefetched that nobody consumes.
@@ -25,10 +28,12 @@ class PipelineRun:
         batches: how many batches will be taken.
         prefetch: the depth of the pipeline's queue, `batches` at most.
         tar: whether the pipeline reads shards.
+        channels_last: whether the pipeline's images are [B, H, W, 3].
     """
 
-    def __init__(self, pipeline: Any, batches: int, prefetch: int, tar: bool) -> None:
+    def __init__(self, pipeline: Any, batches: int, prefetch: int, tar: bool, channels_last: bool) -> None:
         self.pipeline, self.batches, self.prefetch, self.tar = pipeline, batches, prefetch, tar
+        self.channels_last = channels_last
         self.taken = 0
 
     def advance(self) -> Any:
@@ -45,6 +50,8 @@ class PipelineRun:
         """Images float32 [B, 3, H, W] on the pipeline's device, and their positions in the file list, int64 [B]."""
         images, places = self.advance()
         tensor: Tensor = from_dlpack(images.as_tensor())
+        if self.channels_last:
+            tensor = tensor.permute(0, 3, 1, 2)
         from asp_dist.data.dali.readers import positions
 
         return tensor, positions(places, self.tar)
@@ -107,9 +114,11 @@ def serve(
         yield images[:real], own.to(options.device, non_blocking=True)
 
 
-def dali_device(options: LoaderOptions) -> str:
-    """Where DALI decodes and augments: ``gpu`` or ``cpu``."""
-    return "gpu" if options.device.type == "cuda" else "cpu"
+def placement(options: LoaderOptions) -> Placement:
+    """Where DALI decodes and augments."""
+    from asp_dist.data.dali.pipeline import Placement
+
+    return Placement("gpu" if options.device.type == "cuda" else "cpu", options.channels_last, options.dali)
 
 
 def pipeline_options(options: LoaderOptions, batch: int, batches: int) -> dict[str, Any]:
@@ -120,6 +129,7 @@ def pipeline_options(options: LoaderOptions, batch: int, batches: int) -> dict[s
         "num_threads": options.threads,
         "device_id": (options.device.index or 0) if gpu else None,
         "prefetch_queue_depth": min(options.prefetch, batches),
+        "set_affinity": gpu and options.dali.affinity,
     }
 
 
@@ -156,14 +166,14 @@ class DaliTrain(TrainLoader):
                 reader,
                 options.spec_in(epoch),
                 options.augment,
-                dali_device(options),
+                placement(options),
                 seed=int(np.random.SeedSequence(key).generate_state(1)[0] >> 1),
                 enable_checkpointing=True,
                 checkpoint=None if state is None else base64.b64decode(state),
                 **arguments,
             )
             build(pipeline, self.samples, part, where=f"rank {options.rank}, epoch {epoch}, step {self._first_step}")
-        return PipelineRun(pipeline, batches, arguments["prefetch_queue_depth"], reader.tar)
+        return PipelineRun(pipeline, batches, arguments["prefetch_queue_depth"], reader.tar, options.channels_last)
 
     def _batches(self, epoch: int, step: int, pipeline: str | None) -> Iterator[Batch]:
         assert self.samples is not None
@@ -205,9 +215,9 @@ class DaliVal(ValLoader):
             return
         arguments = pipeline_options(self.options, size, batches)
         with reader_of(self.samples, part) as reader:
-            pipeline = val_pipeline(reader, self.options.spec, dali_device(self.options), **arguments)
+            pipeline = val_pipeline(reader, self.options.spec, placement(self.options), **arguments)
             build(pipeline, self.samples, part, where=f"rank {self.options.rank}, validation batch 0")
-        run = PipelineRun(pipeline, batches, arguments["prefetch_queue_depth"], reader.tar)
+        run = PipelineRun(pipeline, batches, arguments["prefetch_queue_depth"], reader.tar, self.options.channels_last)
         yield from serve(
             run,
             self.samples,

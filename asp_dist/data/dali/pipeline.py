@@ -1,14 +1,15 @@
-"""The DALI graphs of the training and validation pipelines. The device is a value: ``cpu`` or ``gpu``."""
+"""The DALI graphs of the training and validation pipelines. Where they work is a value."""
 
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
 from typing import Any
 
 from nvidia.dali import fn, math, pipeline_def, types
 from nvidia.dali.auto_aug import auto_augment, rand_augment, trivial_augment
 
-from asp_dist.config import AugmentConfig
+from asp_dist.config import AugmentConfig, DaliConfig
 from asp_dist.data.dali.readers import Reader
 from asp_dist.data.dali.resize import MODES, torch_resize
 from asp_dist.data.images import ImageSpec
@@ -23,9 +24,36 @@ ERASE_AREA = (0.02, 1 / 3)  # as in timm
 ERASE_LOG_RATIO = (-1.2039728043259361, 1.2039728043259361)  # aspect ratio from 0.3 to 1 / 0.3
 
 
-def decoder(device: str) -> str:
-    """The decoders' name of `device`: a GPU pipeline starts from bytes on the CPU."""
-    return "mixed" if device == "gpu" else "cpu"
+@dataclass(frozen=True)
+class Placement:
+    """Where a graph works, and in which memory order its images leave it.
+
+    Args:
+        device: ``cpu`` or ``gpu``.
+        channels_last: whether images leave as [H, W, 3] instead of [3, H, W].
+        dali: how DALI uses a GPU.
+    """
+
+    device: str = "cpu"
+    channels_last: bool = False
+    dali: DaliConfig = DaliConfig()
+
+    @property
+    def layout(self) -> str:
+        """DALI's name of the memory order."""
+        return "HWC" if self.channels_last else "CHW"
+
+    @property
+    def decoder(self) -> dict[str, Any]:
+        """The decoders' arguments: a GPU pipeline starts from bytes on the CPU."""
+        if self.device == "cpu":
+            return {"device": "cpu"}
+        arguments: dict[str, Any] = {"device": "mixed"}
+        if self.dali.decoder_load is not None:
+            arguments["hw_decoder_load"] = self.dali.decoder_load
+        if self.dali.preallocate is not None:
+            arguments["preallocate_width_hint"], arguments["preallocate_height_hint"] = self.dali.preallocate
+        return arguments
 
 
 def checked(encoded: Any) -> tuple[Any, Any]:
@@ -87,23 +115,23 @@ def _min1(value: Any) -> Any:
     return math.min(value, 1.0)
 
 
-def normalize(images: Any, spec: ImageSpec, **kwargs: Any) -> Any:
-    """uint8 [H, W, 3] to normalized float32 [3, H, W]; `kwargs` crop and mirror on the way."""
+def normalize(images: Any, spec: ImageSpec, place: Placement, **kwargs: Any) -> Any:
+    """uint8 [H, W, 3] to normalized float32; `kwargs` crop and mirror on the way."""
     return fn.crop_mirror_normalize(
         images,
         dtype=types.FLOAT,
-        output_layout="CHW",
+        output_layout=place.layout,
         mean=[255 * m for m in spec.mean],
         std=[255 * s for s in spec.std],
         **kwargs,
     )
 
 
-def train_images(encoded: Any, spec: ImageSpec, augment: AugmentConfig, device: str) -> Any:
+def train_images(encoded: Any, spec: ImageSpec, augment: AugmentConfig, place: Placement) -> Any:
     """Random resized crop, color, policy, erasing, flips and normalization of encoded images."""
     images = fn.decoders.image_random_crop(
         checked(encoded)[0],
-        device=decoder(device),
+        **place.decoder,
         output_type=types.RGB,
         adjust_orientation=False,
         jpeg_fancy_upsampling=True,
@@ -111,7 +139,7 @@ def train_images(encoded: Any, spec: ImageSpec, augment: AugmentConfig, device: 
         random_aspect_ratio=list(augment.ratio),
         num_attempts=10,
     )
-    if device == "cpu" and spec.interpolation in MODES:
+    if place.device == "cpu" and spec.interpolation in MODES:
         images = torch_resize(images, spec.size, spec.interpolation)
     else:
         images = fn.resize(images, size=spec.size, interp_type=INTERPOLATION[spec.interpolation], antialias=True)
@@ -120,10 +148,10 @@ def train_images(encoded: Any, spec: ImageSpec, augment: AugmentConfig, device: 
     if augment.vflip > 0:
         images = fn.flip(images, horizontal=0, vertical=fn.random.coin_flip(probability=augment.vflip))
     mirror = fn.random.coin_flip(probability=augment.hflip) if augment.hflip > 0 else 0
-    return normalize(images, spec, mirror=mirror)
+    return normalize(images, spec, place, mirror=mirror)
 
 
-def val_images(encoded: Any, spec: ImageSpec, device: str) -> Any:
+def val_images(encoded: Any, spec: ImageSpec, place: Placement) -> Any:
     """Resize, center crop and normalization of encoded images, as timm's evaluation does, to the pixel.
 
     torchvision rounds the longer side down and a half pixel of the crop's place to the even one; DALI would round both
@@ -132,7 +160,7 @@ def val_images(encoded: Any, spec: ImageSpec, device: str) -> Any:
     encoded, shape = checked(encoded)
     images: Any = fn.decoders.image(
         encoded,
-        device=decoder(device),
+        **place.decoder,
         output_type=types.RGB,
         adjust_orientation=False,
         jpeg_fancy_upsampling=True,  # on a GPU too, as libjpeg-turbo does it on the CPU
@@ -143,13 +171,13 @@ def val_images(encoded: Any, spec: ImageSpec, device: str) -> Any:
         size = shape[0:2] * spec.resize[0] // math.min(shape[0], shape[1])
     elif spec.crop_mode == "center":
         mode = "not_smaller"
-    if device == "cpu" and spec.interpolation in MODES and mode == "default":
-        return normalize(torch_resize(images, size, spec.interpolation, crop=spec.size), spec)
+    if place.device == "cpu" and spec.interpolation in MODES and mode == "default":
+        return normalize(torch_resize(images, size, spec.interpolation, crop=spec.size), spec, place)
     if not isinstance(size, tuple):
         size = fn.cast(size, dtype=types.FLOAT)
     images = fn.resize(images, size=size, mode=mode, interp_type=INTERPOLATION[spec.interpolation], antialias=True)
     places = {f"crop_pos_{axis}": _center(images.shape()[i], spec.size[i]) for i, axis in enumerate("yx")}
-    return normalize(images, spec, crop=spec.size, rounding="truncate", **places)
+    return normalize(images, spec, place, crop=spec.size, rounding="truncate", **places)
 
 
 def _center(side: Any, crop: int) -> Any:
@@ -161,14 +189,14 @@ def _center(side: Any, crop: int) -> Any:
 
 
 @pipeline_def(enable_conditionals=True)  # type: ignore[untyped-decorator]
-def train_pipeline(reader: Reader, spec: ImageSpec, augment: AugmentConfig, device: str) -> Any:
-    """Training images float32 [B, 3, H, W], and the reader's positions."""
+def train_pipeline(reader: Reader, spec: ImageSpec, augment: AugmentConfig, place: Placement) -> Any:
+    """Training images float32 [B, 3, H, W], or [B, H, W, 3] where channels are last, and the reader's positions."""
     encoded, position = reader()
-    return train_images(encoded, spec, augment, device), position
+    return train_images(encoded, spec, augment, place), position
 
 
 @pipeline_def  # type: ignore[untyped-decorator]
-def val_pipeline(reader: Reader, spec: ImageSpec, device: str) -> Any:
-    """Validation images float32 [B, 3, H, W], and the reader's positions; the last batch is padded."""
+def val_pipeline(reader: Reader, spec: ImageSpec, place: Placement) -> Any:
+    """Validation images as the training images, and the reader's positions; the last batch is padded."""
     encoded, position = reader(pad=True)
-    return val_images(encoded, spec, device), position
+    return val_images(encoded, spec, place), position
