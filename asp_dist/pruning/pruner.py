@@ -210,6 +210,21 @@ class Pruner:
         if last and not skipped:
             self._advance()
 
+    def carry(self, numbers: Tensor) -> Tensor | None:
+        """Let the next step's all-reduce sum `numbers` over the ranks too, so that a training loop needs none of its own.
+
+        Args:
+            numbers: up to 8 on the weights' device, which every rank gives before the optimizer's step.
+
+        Returns:
+            Where their sums are after that step and until the next one: float64, on the device. None where the pruner makes no
+            such all-reduce: on the CPU, and once the mask is frozen.
+        """
+        if self.frozen or not isinstance(self.passes, DevicePasses):
+            return None
+        carried = self.passes.carried[: numbers.numel()]
+        return carried.copy_(numbers)
+
     def _move(self, skipped: bool) -> None:
         """Move the thresholds after an iteration, and write the pruned weights of all layers."""
         sums = self.passes.reduce(self.thresholds)

@@ -17,8 +17,13 @@ from asp_dist.training.hooks import Stopped
 if TYPE_CHECKING:
     from asp_dist.training.run import Run
 
-# The reasons to stop, as numbers that ranks can exchange; others arrive as "request".
+# The reasons to stop that ranks can tell each other; others arrive as "request".
 REASONS = ("request", "SIGTERM", "SIGINT", "preemption")
+
+# What ranks tell each other at every step, by its place: how many of them found the step bad, its loss bad, a checkpoint due,
+# and were asked to stop for each of the reasons.
+BAD, BAD_LOSS, SAVE, STOP = range(4)
+FLAGS = STOP + len(REASONS)
 
 # After a bad step so many are read at once, so that the next bad one can be told by its gradients.
 WATCHED_STEPS = 100
@@ -36,21 +41,19 @@ class StepDecision:
     """What all ranks do after this step's gradients: skip the update, stop, save.
 
     Attributes:
-        bad: some rank's loss or gradients are not finite.
-        bad_loss: some rank's loss is not; one rank's gradients reach all ranks, its loss reaches them by this alone.
+        bad: how many ranks' loss or gradients are not finite; 0: the step is good.
+        bad_loss: whether some rank's loss is not; one rank's gradients reach all ranks, its loss reaches them by this alone.
         stop: why to stop after this step; None: continue.
         save: whether a checkpoint is due.
-        norm: the gradients' norm.
     """
 
-    bad: bool
+    bad: int
     bad_loss: bool
     stop: str | None
     save: bool
-    norm: float
 
 
-GO_ON = StepDecision(bad=False, bad_loss=False, stop=None, save=False, norm=0.0)
+GO_ON = StepDecision(bad=0, bad_loss=False, stop=None, save=False)
 
 
 def full_norm(norm: Tensor) -> Tensor:
@@ -63,7 +66,7 @@ class LateFlags:
 
     Args:
         step: the optimizer step that they belong to.
-        flags: float32 [5]; see `step_flags`.
+        flags: [FLAGS], summed over the ranks; see `step_flags`.
     """
 
     def __init__(self, step: int, flags: Tensor) -> None:
@@ -85,7 +88,7 @@ class LateFlags:
 
 
 def step_flags(run: Run, loss: Tensor, norm: Tensor, *, checkpoint_due: bool) -> Tensor:
-    """What the ranks agree on, by one all-reduce: bad, bad loss, why to stop, whether to save; and the norm.
+    """What this rank has to tell the others, who sum it: see `BAD` and what follows it.
 
     Args:
         run: the run; its hooks are asked whether to stop.
@@ -94,21 +97,26 @@ def step_flags(run: Run, loss: Tensor, norm: Tensor, *, checkpoint_due: bool) ->
         checkpoint_due: whether this rank's clock asks for a checkpoint.
 
     Returns:
-        float32 [5], on the device.
+        float32 [FLAGS], on the device.
     """
     bad_loss = ~loss.isfinite()
     bad = bad_loss | ~norm.isfinite()
-    # Written by a launch: a tensor from a number of the host would wait for all that was launched before.
-    told = (torch.full_like(loss, value, dtype=torch.float32) for value in (_stop_code(run), float(checkpoint_due)))
-    flags = torch.stack([bad.float(), bad_loss.float(), *told])
-    return torch.cat([run.world.max_(flags), norm.float().reshape(1)])
+    told = torch.zeros(FLAGS - SAVE, device=loss.device)
+    stop = _stop_place(run)
+    for place in [SAVE] * checkpoint_due + ([] if stop is None else [stop]):
+        told[place - SAVE].fill_(1.0)  # by a launch: a tensor from a number of the host would wait for all launches before
+    return torch.cat([torch.stack([bad, bad_loss]).float(), told])
 
 
 def decide(flags: Tensor) -> StepDecision:
-    """The decision that flags on the CPU, or to be read from the device now, stand for."""
+    """The decision that the sums of the ranks' flags stand for, on the CPU, or to be read from the device now."""
     values = flags.tolist()
-    stop = REASONS[int(values[2]) - 1] if values[2] else None
-    return StepDecision(bool(values[0]), bool(values[1]), stop, bool(values[3]), values[4])
+    return StepDecision(int(values[BAD]), values[BAD_LOSS] > 0, _reason(values), values[SAVE] > 0)
+
+
+def _reason(values: list[float]) -> str | None:
+    """The last of `REASONS` that some rank gave."""
+    return next((reason for reason, count in zip(REASONS[::-1], values[STOP:][::-1]) if count > 0), None)
 
 
 def reads_late(run: Run) -> bool:
@@ -118,14 +126,20 @@ def reads_late(run: Run) -> bool:
 
 
 def take_late(run: Run, flags: Tensor) -> StepDecision:
-    """Let the optimizer skip this step if its flags say so, and act on those of the step before.
+    """Let the optimizer skip this step if this rank's flags say so, and act on those of the step before.
 
-    Call it before the optimizer's step.
+    Call it before the optimizer's step, and `send` after it. All ranks skip the same steps: a gradient that is not finite
+    reaches all of them, and a loss that is not leaves no gradient finite.
     """
     optimizer: Any = run.optimizer
-    optimizer.grad_scale, optimizer.found_inf = None, flags[0]
-    before, run.pending = run.pending, LateFlags(run.step, flags)
+    optimizer.grad_scale, optimizer.found_inf = None, flags[BAD]
+    before, run.pending = run.pending, None
     return GO_ON if before is None else account(run, before.decision(), before.step)
+
+
+def send(run: Run, flags: Tensor, carried: Tensor | None) -> None:
+    """Let the host read this step's flags later: sums that the pruner's all-reduce has `carried`, or one's own."""
+    run.pending = LateFlags(run.step, run.world.sum_(flags) if carried is None else carried)
 
 
 def found_good(optimizer: Any) -> None:
@@ -146,7 +160,15 @@ def account(run: Run, decision: StepDecision, step: int) -> StepDecision:
     """Count a step that was decided on the device; batch norm forgets a bad one, and what came after it.
 
     The average of the weights waits for it: a bad step's statistics would stay in there.
+
+    Raises:
+        RuntimeError: some ranks have skipped the step and others have not, so that their weights differ now.
     """
+    if 0 < decision.bad < run.world.world_size:
+        raise RuntimeError(
+            f"ranks disagree: in step {step + 1} numbers went bad on {decision.bad} of {run.world.world_size} ranks after the "
+            "gradients had been exchanged, by a fault of memory perhaps. Go on from the last checkpoint"
+        )
     if not decision.bad:
         run.average_weights(step)
         run.bad_steps = 0
@@ -158,15 +180,18 @@ def account(run: Run, decision: StepDecision, step: int) -> StepDecision:
 
 def raise_if_stopped(run: Run) -> None:
     """Raise `Stopped` on every rank once one of them is asked to stop; a collective, for between the steps."""
-    code = torch.tensor(_stop_code(run), device=run.world.device)
-    number = int(run.world.max_(code))
-    if number:
-        raise Stopped(REASONS[number - 1], run.step)
+    told, stop = torch.zeros(FLAGS), _stop_place(run)
+    if stop is not None:
+        told[stop] = 1.0
+    reason = _reason(run.world.sum_(told.to(run.world.device)).tolist())
+    if reason is not None:
+        raise Stopped(reason, run.step)
 
 
-def _stop_code(run: Run) -> float:
+def _stop_place(run: Run) -> int | None:
+    """The flag of the reason to stop that this rank was given."""
     reason = run.hooks.stop_requested()
-    return 0.0 if reason is None else 1.0 + (REASONS.index(reason) if reason in REASONS else 0)
+    return None if reason is None else STOP + (REASONS.index(reason) if reason in REASONS else 0)
 
 
 def check_layers(run: Run, rows: list[LayerRow]) -> None:

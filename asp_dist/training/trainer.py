@@ -139,11 +139,13 @@ def update(run: Run, loss: Tensor) -> health.StepDecision:
     flags = health.step_flags(run, loss, full_norm, checkpoint_due=checkpointing.due(run))
     if health.reads_late(run):
         decision = health.take_late(run, flags)
+        carried = None if run.pruner is None else run.pruner.carry(flags)
         take_step(run, norm)
-        run.meter.add(loss, full_norm, bad=flags[0] > 0)
+        run.meter.add(loss, full_norm, bad=flags[health.BAD] > 0)
+        health.send(run, flags, carried)
     else:
         stop = health.settle(run)
-        decision = health.decide(flags)
+        decision = health.decide(run.world.sum_(flags))
         decision = dataclasses.replace(decision, stop=decision.stop or stop)
         if decision.bad:
             health.skip_step(run, step=run.step, bad_loss=decision.bad_loss)
@@ -154,7 +156,7 @@ def update(run: Run, loss: Tensor) -> health.StepDecision:
             run.bad_steps = 0
             run.meter.add(loss, full_norm)
     if run.scaler is not None:
-        health.update_scale(run.scaler, bad=decision.bad)
+        health.update_scale(run.scaler, bad=decision.bad > 0)
     run.optimizer.zero_grad(set_to_none=True)
     return decision
 
@@ -177,7 +179,7 @@ def forward_backward(run: Run, images: Tensor, targets: Tensor, *, last: bool) -
     with nullcontext() if last or no_sync is None else no_sync():
         with torch.autocast(run.world.device.type, DTYPES[training.precision], enabled=training.precision != "float32"):
             loss: Tensor = run.loss(run.ddp_model(images), targets) / training.accumulate
-        (loss if run.scaler is None else run.scaler.scale(loss)).backward()
+        (loss if run.scaler is None else run.scaler.scale(loss)).backward(loss.detach() * 0.0 + 1.0 if run.late else None)
     return loss.detach()
 
 

@@ -17,6 +17,9 @@ from asp_dist.pruning.options import Operator, Power
 from asp_dist.pruning.passes import LayerSums, means_and_sigmas
 from asp_dist.pruning.weights import LayerWeights, RankReducer, flat
 
+# Room for numbers of the training loop in the all-reduce.
+CARRIED = 8
+
 
 class DevicePasses:
     """One launch for each pass; see `asp_dist.pruning.passes.HostPasses`, which has the same methods.
@@ -45,7 +48,17 @@ class DevicePasses:
         first = 1.0 if reducer.rank == 0 else 0.0
         self._share = torch.cat([reducer.share, torch.full_like(reducer.share[:1], first)])
         self._shard = torch.tensor([*(layer.shard for layer in layers), ROWS - 1 + shards], dtype=torch.int32, device=self.home)
-        self.packed = torch.zeros(ROWS + shards, len(layers), dtype=torch.float64, device=self.home)
+        self._reduced = torch.zeros((ROWS + shards) * len(layers) + CARRIED, dtype=torch.float64, device=self.home)
+
+    @property
+    def packed(self) -> Tensor:
+        """The ranks' sums, float64 [ROWS + shards, L]; see `ops.combine_tiles`."""
+        return self._reduced[:-CARRIED].view(-1, len(self.layers))
+
+    @property
+    def carried(self) -> Tensor:
+        """Further numbers that the same all-reduce sums, float64 [CARRIED]."""
+        return self._reduced[-CARRIED:]
 
     def take_products(self, indices: Sequence[int], thresholds: Tensor, scale: float, grad_scale: Tensor | None) -> None:
         """Take Σ over pruned weights of gradient·weight for the next `reduce`, and scale these gradients."""
@@ -72,7 +85,7 @@ class DevicePasses:
         """Leave the ranks' sums in `packed`, float64 [ROWS + shards, L]; see `ops.combine_tiles`."""
         ops.layer_moments(self._dense(), self.tiles.tables(), self.tiles.partials)
         ops.combine_tiles(self.tiles.partials, self.tiles.tables(), self._share, self._shard, thresholds, self.packed)
-        self.reducer.sum_(self.packed)
+        self.reducer.sum_(self._reduced)
 
     def unpack(self, packed: Tensor) -> LayerSums:
         """The rows of `packed`."""
