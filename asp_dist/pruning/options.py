@@ -185,6 +185,10 @@ class Select:
             object.__setattr__(self, field, tuple(globs))
 
 
+# Near the smallest number that float32 has with all its digits.
+SMALLEST = 1e-37
+
+
 @dataclass(frozen=True)
 class Operator(metaclass=ABCMeta):
     """How a threshold turns dense weights into pruned ones: zero where |w| <= b, `prune` elsewhere.
@@ -240,9 +244,10 @@ class Power(Operator):
             raise ValueError(f"p = {self.p} must be at least 1")
 
     def prune(self, dense: Tensor, threshold: float, out: Tensor) -> None:
-        # In units of b: sign(w)·b·(|w/b|^p − 1)^(1/p). The powers of a weight in its own units underflow in float32.
-        out.copy_(dense).abs_().div_(threshold).pow_(self.p).sub_(1.0).clamp_(min=0.0)
-        out.pow_(1.0 / self.p).mul_(threshold).copysign_(dense)
+        # As w·(1 − |b/w|^p)^(1/p), whose powers neither overflow nor underflow. Kept weights have a logarithm; the others
+        # become 0 at the end, and must not be 0 before, for the logarithm of 0 is slow.
+        out.fill_(threshold).div_(dense).abs_().clamp_(max=1.0).pow_(self.p).neg_().add_(1.0)
+        out.clamp_(min=SMALLEST).log2_().mul_(1.0 / self.p).exp2_().mul_(dense.hardshrink(threshold))
 
 
 @dataclass(frozen=True)

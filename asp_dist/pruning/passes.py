@@ -175,7 +175,7 @@ class HostPasses:
 
     def _count(self, layer: LayerWeights, threshold: float) -> Tensor:
         column = torch.zeros_like(self._counts[:, 0])
-        column[0] = torch.count_nonzero(layer.pruned)
+        column[0] = count_above(layer.flat_pruned(), 0.0)
         if self.nearby:
             column[1] = count_above(layer.flat_dense(), NEARBY * threshold)
             column[2 + layer.shard] = largest(layer.flat_dense())

@@ -55,9 +55,24 @@ def test_power_is_soft_for_p_1_and_keeps_tiny_weights() -> None:
         Power(0.5)
 
 
-def test_not_a_number_stays_visible() -> None:
+@pytest.mark.parametrize("p", [1.0, 3.0, 8.0, 50.0])
+def test_powers_neither_overflow_nor_underflow(p: float) -> None:
+    dense = torch.tensor([1e-30, 1e-6, 2e-6, 3.0, -5e4, 0.0])
+    pruned = prune(Power(p), dense, 1e-6)
+    assert pruned.isfinite().all() and pruned[[0, 1, 5]].tolist() == [0.0, 0.0, 0.0]
+    exact = prune(Power(p), dense.double(), 1e-6)
+    torch.testing.assert_close(pruned[2:5], exact[2:5].float(), rtol=1e-5, atol=0)
+
+
+def test_an_infinite_power_is_hard() -> None:
+    dense = torch.tensor(DENSE)
+    assert prune(Power(math.inf), dense, 1.0).tolist() == prune(Hard(), dense, 1.0).tolist()
+
+
+@pytest.mark.parametrize("operator", EXPECTED)
+def test_not_a_number_stays_visible(operator: Operator) -> None:
     dense = torch.tensor([math.nan, 0.1, 2.0])
-    assert math.isnan(prune(Hard(), dense, 1.0)[0])
+    assert math.isnan(prune(operator, dense, 1.0)[0])
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.5, 1.0])

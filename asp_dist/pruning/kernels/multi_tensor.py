@@ -111,12 +111,9 @@ def _write(
     elif OPERATOR == 1:
         values = tl.where(size <= threshold, 0.0, tl.where(weights > 0, weights - threshold, weights + threshold))
     else:
-        share = tl.div_rn(size, threshold)
         # A weight above the threshold keeps a value above zero, as an exact power would give it.
-        excess = tl.maximum(tl.exp2(power * tl.log2(share)) - 1.0, 1.1920929e-07)
-        values = tl.exp2(tl.log2(excess) / power) * threshold
-        values = tl.where(share > 1.0, tl.where(weights > 0, values, -values), 0.0)
-        values = tl.where(weights == weights, values, weights)
+        rest = tl.maximum(1.0 - tl.exp2(power * tl.log2(tl.div_rn(threshold, size))), 5.9604645e-08)
+        values = tl.where(size <= threshold, 0.0, weights * tl.exp2(tl.log2(rest) / power))
     values = _rounded(values, kind)
     _store(tl.load(pruned + layer), kind, offsets, values, mask)
     tl.store(kept + tile, tl.sum((mask & (values != 0)).to(tl.int32)).to(tl.float64))
