@@ -63,13 +63,15 @@ def _describe(error: Exception) -> tuple[int, str]:
 def _readable(message: str) -> str:
     """jsonargparse's words on a value of the wrong type, as one line with the field, the value and what fits."""
     key = re.search(r'key "([\w.]+)"', message)
-    value = re.search(r"(?:Given|Got) value: (.*)", message)
+    value = re.search(r"Given value: (.*)", message) or re.search(r"Got value: (.*)", message)
     if not key or not value:
         return message
     kinds = re.findall(r"Expected an? (?:<class '(\w+)'>|typing\.(Literal\[.*?\])|(\S+?)\.)", message)
     words = {"NoneType": "null", "tuple": "a list, such as '[one, two]'"}
     found = (next(filter(None, kind)) for kind in kinds)
-    wanted = " or ".join(dict.fromkeys(words.get(word, word) for word in found))
+    length = re.search(r"Expected a tuple with (\d+) elements", message)
+    lists = [f"a list of {length[1]}"] if length else []
+    wanted = " or ".join(dict.fromkeys([*lists, *(words.get(word, word) for word in found)]))
     return f"{key[1]} = {value[1].strip()} is not valid" + (f": expected {wanted}" if wanted else "")
 
 

@@ -79,6 +79,9 @@ def test_print_config_is_a_configuration_again(capsys: pytest.CaptureFixture[str
         ((CONFIG, "--budget.sparsity", "most"), ("budget.sparsity = most", "float")),
         ((CONFIG, "--data.batch_size", "many"), ("data.batch_size = many", "int")),
         ((CONFIG, "--resume.allow_changes", "optimizer.lr"), ("resume.allow_changes = optimizer.lr", "a list")),
+        ((CONFIG, "--data.synthetic_samples", "[1]"), ("data.synthetic_samples = [1]", "a list of 2")),
+        ((CONFIG, "--data.dali.preallocate", "[5980]"), ("data.dali.preallocate = [5980]", "a list of 2 or null")),
+        ((CONFIG, "--data.dali.preallocate", "[a,b]"), ("data.dali.preallocate = ['a', 'b']", "int or null")),
         ((CONFIG, "--pruning.control", "magic"), ("pruning.control = magic", "loss", "track")),
         ((CONFIG, "--pruning.ramp.end", "0.9"), ("pruning.ramp.end = 0.9", "freeze_at = 0.65")),
         (
