@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,7 +27,8 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
         path: the file to write.
         durable: flush the new file to the disk before it is renamed.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Containers on several nodes may have the same process numbers.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
     try:
         yield temporary
         if durable:

@@ -418,7 +418,7 @@ class OutputConfig:
     dir: str = "runs"
     checkpoint_epochs: int = 1
     checkpoint_steps: int | None = None
-    checkpoint_minutes: float | None = None
+    checkpoint_minutes: float | None = 10.0
     keep: int = 2
     storage: str | None = None
 

@@ -7,10 +7,13 @@ from pathlib import Path
 
 from asp_dist.config import DataConfig
 from asp_dist.data.formats.folder import class_folders, scan_folder
-from asp_dist.data.formats.manifest import manifest_path, read_classes, read_manifest
+from asp_dist.data.formats.manifest import CLASSES, manifest_path, read_classes, read_manifest
 from asp_dist.data.formats.shards import read_shards, shard_files
 from asp_dist.data.samples import Samples
 from asp_dist.errors import UserError, check
+
+# In the folder of a data set that `asp-dist prepare` writes: what, from what.
+PREPARED = ".prepare.json"
 
 
 @dataclass(frozen=True)
@@ -67,11 +70,15 @@ def open_data_set(data: DataConfig) -> DataSet:
     """Open the data set at ``data.root``.
 
     Raises:
-        UserError: it is missing, empty, has one class, or its splits do not fit together.
+        UserError: it is missing, empty, has one class, its splits do not fit together, or `asp-dist prepare` has not ended.
     """
     root = Path(data.root)
     if not root.is_dir():
         raise UserError(f"data.root = {data.root}: there is no such folder. `asp-dist prepare digits` writes a small data set")
+    check(
+        not (root / PREPARED).is_file() or (root / CLASSES).is_file(),
+        f"data.root = {data.root} is incomplete: `asp-dist prepare` began to write it and has not ended; start it again",
+    )
     kind = detect_format(root, data.train) if data.format == "auto" else data.format
     if kind == "folder":
         classes = class_folders(root / data.train)

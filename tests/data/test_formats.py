@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -117,6 +118,34 @@ def test_shards_are_shuffled_and_kept(roots: dict[str, Path]) -> None:
     assert (extension, label_extension) == ("png", "cls")
     label = content[int(label_offset) : int(label_offset) + int(label_size)]
     assert int(label) == samples.labels[0]
+
+
+def test_a_torn_table_of_the_shards_is_made_anew(roots: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(roots["shards"], tmp_path / "shards")
+    table = tmp_path / "shards" / "train.index.npz"
+    before = read_shards(tmp_path / "shards", "train")
+    whole = table.read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 0xFF
+    for torn in (b"", whole[:10], whole[: len(whole) // 2], whole[:-1], bytes(flipped)):
+        table.write_bytes(torn)
+        again = read_shards(tmp_path / "shards", "train")
+        assert again.fingerprint == before.fingerprint
+        assert len(table.read_bytes()) == len(whole)
+
+
+def test_a_shard_that_was_written_again_is_walked_again(roots: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(roots["shards"], tmp_path / "shards")
+    first = read_shards(tmp_path / "shards", "val")
+    shard = tmp_path / "shards" / first.shards[0]
+    content = shard.read_bytes()
+    with tarfile.open(shard) as tar:
+        member = next(m for m in tar if m.name.endswith(".cls"))
+    label = int(content[member.offset_data : member.offset_data + member.size])
+    other = b"%d" % ((label + 1) % 10)
+    shard.write_bytes(content[: member.offset_data] + other + content[member.offset_data + member.size :])
+    assert shard.stat().st_size == len(content)  # as large as before
+    assert read_shards(tmp_path / "shards", "val").labels[0] == int(other)
 
 
 def test_a_bad_file_in_a_shard_is_named_with_its_shard(roots: dict[str, Path], tmp_path: Path) -> None:

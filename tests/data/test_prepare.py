@@ -120,7 +120,7 @@ def imagenet(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("layout", ["folder", "shards"])
 def test_imagenet_from_the_official_archives(tmp_path: Path, imagenet: Path, layout: Any) -> None:
     target = tmp_path / "target"
-    info = prepare("imagenet", target, source=imagenet, layout=layout, per_shard=4, progress=False)
+    info = prepare("imagenet", target, source=imagenet, allow_incomplete=True, layout=layout, per_shard=4, progress=False)
     assert (info.num_train, info.num_val, info.format) == (6, 4, layout)
     assert info.classes == ("n01000000", "n02000000") and info.names == ("goldfish", "tench, Tinca tinca")
     opened = open_data_set(DataConfig(root=str(target)))
@@ -145,7 +145,7 @@ def test_nothing_is_written_outside_of_the_target(tmp_path: Path, imagenet: Path
     target = tmp_path / "deep" / "er" / "target"
     before = set(tmp_path.rglob("*"))
     with pytest.raises(UserError, match="would be written outside of the target"):
-        prepare("imagenet", target, source=imagenet, progress=False)
+        prepare("imagenet", target, source=imagenet, allow_incomplete=True, progress=False)
     assert set(tmp_path.rglob("*")) == before and not Path("/escaped").exists()
 
 
@@ -164,30 +164,87 @@ def test_a_class_of_cifar_is_no_way_out_of_the_target(tmp_path: Path, dataset: A
 
 def test_imagenet_goes_on_after_an_interruption(tmp_path: Path, imagenet: Path) -> None:
     target = tmp_path / "target"
-    info = prepare("imagenet", target, source=imagenet, progress=False)
+    info = prepare("imagenet", target, source=imagenet, allow_incomplete=True, progress=False)
     (target / "classes.tsv").unlink()
     lost, torn, kept = (target / "train" / "n02000000" / f"n02000000_{i}.JPEG" for i in range(3))
     before = kept.stat().st_mtime_ns
     lost.unlink()
     torn.write_bytes(b"half")
-    assert prepare("imagenet", target, source=imagenet, progress=False) == info
+    assert prepare("imagenet", target, source=imagenet, allow_incomplete=True, progress=False) == info
     assert (lost.read_bytes(), torn.read_bytes()) == (jpeg(0), jpeg(1)) and kept.stat().st_mtime_ns == before
+
+
+def test_an_incomplete_imagenet_is_refused(tmp_path: Path, imagenet: Path) -> None:
+    """The hole of zeros that an interrupted download leaves ends a tar file without an error."""
+    with pytest.raises(UserError, match=r"contain 6 training images of 2 classes and 4 .* has 1,281,167 of 1,000 and 50,000"):
+        prepare("imagenet", tmp_path / "target", source=imagenet, progress=False)
+    content = bytearray((imagenet / TRAIN).read_bytes())
+    second = content.index(b"n01000000.tar")
+    content[second : second + 1024] = bytes(1024)
+    (imagenet / TRAIN).write_bytes(content)
+    with pytest.raises(UserError, match=r"contain 3 training images of 1 classes.*no image of n01000000"):
+        prepare("imagenet", tmp_path / "target", source=imagenet, progress=False)
+    with pytest.raises(UserError, match=f"{TRAIN} has the MD5 sum [0-9a-f]{{32}} instead of 1d675b47d978889d74fa0da5fadfb00e"):
+        prepare("imagenet", tmp_path / "target", source=imagenet, checksums=True, progress=False)
+    assert not (tmp_path / "target").exists()
+
+
+def interrupted(target: Path) -> None:
+    """Leave a prepared folder of shards as an interruption does: without its last shard and the mark of completeness."""
+    (target / "classes.tsv").unlink()
+    (target / "train-000001.tar").unlink()
+
+
+def test_a_folder_is_only_gone_on_with_as_it_was_begun(tmp_path: Path, imagenet: Path) -> None:
+    target, folder = tmp_path / "shards", tmp_path / "folder"
+    options: dict[str, Any] = {"source": imagenet, "allow_incomplete": True, "progress": False}
+    prepare("imagenet", target, layout="shards", per_shard=3, **options)
+    with pytest.raises(UserError, match="was prepared with layout = shards instead of folder"):
+        prepare("imagenet", target, **options)
+    with pytest.raises(UserError, match="was prepared with dataset = imagenet instead of cifar10"):
+        prepare("cifar10", target, source=imagenet, progress=False)
+    interrupted(target)
+    with pytest.raises(UserError, match="was prepared with per_shard = 3 instead of 5"):
+        prepare("imagenet", target, layout="shards", per_shard=5, **options)
+    with pytest.raises(UserError, match="is incomplete: `asp-dist prepare` began"):
+        open_data_set(DataConfig(root=str(target)))
+    prepare("imagenet", folder, **options)
+    (folder / "train" / "n01000000" / "n01000000_0.JPEG").unlink()
+    begun = prepare("shards", tmp_path / "others", source=folder, per_shard=3, progress=False)
+    assert begun.num_train == 5
+    interrupted(tmp_path / "others")
+    (folder / "train" / "n01000000" / "more.JPEG").write_bytes(jpeg(50))
+    with pytest.raises(UserError, match="was prepared with images of another source"):
+        prepare("shards", tmp_path / "others", source=folder, per_shard=3, progress=False)
+    assert prepare("imagenet", target, layout="shards", per_shard=3, **options).num_train == 6
+
+
+def test_shards_of_something_else_are_not_counted_in(tmp_path: Path, imagenet: Path) -> None:
+    """Files from before `prepare` kept a record: a shard of another size."""
+    target = tmp_path / "shards"
+    options: dict[str, Any] = {"source": imagenet, "allow_incomplete": True, "layout": "shards", "progress": False}
+    prepare("imagenet", target, per_shard=3, **options)
+    interrupted(target)
+    (target / ".prepare.json").unlink()
+    with pytest.raises(UserError, match=r"has 7 images in train now, and .* has 6"):
+        prepare("imagenet", target, per_shard=2, **options)
+    assert not (target / "classes.tsv").exists()
 
 
 def test_imagenet_says_what_is_missing_or_broken(tmp_path: Path, imagenet: Path) -> None:
     (imagenet / VAL).write_bytes(b"torn")
     with pytest.raises(UserError, match="an archive is broken"):
-        prepare("imagenet", tmp_path / "t", source=imagenet, progress=False)
+        prepare("imagenet", tmp_path / "t", source=imagenet, allow_incomplete=True, progress=False)
     (imagenet / VAL).unlink()
     with pytest.raises(UserError, match=f"lacks {VAL}"):
-        prepare("imagenet", tmp_path / "t", source=imagenet, progress=False)
+        prepare("imagenet", tmp_path / "t", source=imagenet, allow_incomplete=True, progress=False)
     with pytest.raises(UserError, match="needs --source"):
         prepare("imagenet", tmp_path / "t", progress=False)
 
 
 def test_manifest_and_shards_of_a_folder(tmp_path: Path, imagenet: Path) -> None:
     folder = tmp_path / "folder"
-    prepare("imagenet", folder, source=imagenet, progress=False)
+    prepare("imagenet", folder, source=imagenet, allow_incomplete=True, progress=False)
     apart = prepare("manifest", tmp_path / "apart", source=folder, progress=False)
     beside = prepare("manifest", folder, progress=False)
     shards = prepare("shards", tmp_path / "shards", source=folder, per_shard=2, progress=False)

@@ -11,9 +11,10 @@ import pytest
 from data_helpers import BAD, config, jpeg, loaders
 from PIL import Image
 
+from asp_dist.cli import main
 from asp_dist.data import DataError, Loaders, prepare_digits
 from asp_dist.data.info import open_data_set
-from asp_dist.data.prepare.verification import KINDS, verify
+from asp_dist.data.prepare.verification import KINDS, Finding, verify
 from asp_dist.errors import UserError
 
 
@@ -54,7 +55,9 @@ def test_every_kind_is_found_and_nothing_else(root: Path) -> None:
         copy = root / split / "dog" / name
         shutil.copy(root / "train" / "dog" / "0.jpg", copy)
         expected[str(copy)] = "duplicate"
-    report = verify(root, progress=False, manifest=root / "clean")
+    seen: list[Finding] = []
+    report = verify(root, progress=False, manifest=root / "clean", drop=("cmyk", "duplicate"), on_finding=seen.append)
+    assert tuple(seen) == report.findings and report.undecodable == 5
     assert {f.place: f.kind for f in report.findings} == expected
     assert report.counts() == dict(zip(KINDS, [1, 1, 2, 1, 1, 2]))
     leak = next(f for f in report.findings if f.place.endswith("leak.jpg"))
@@ -63,10 +66,19 @@ def test_every_kind_is_found_and_nothing_else(root: Path) -> None:
     assert (clean.info.num_train, clean.info.num_val, clean.info.format) == (6, 2, "manifest")
     assert clean.info.classes == ("cat", "dog")
     assert len(list(loaders(config(root / "clean", batch_size=6)).train.start(0))) == 1
-    verify(root, progress=False, manifest=root / "tolerant", keep=("cmyk", "duplicate"))
-    assert len(open_data_set(config(root / "tolerant")).train) == 8
+    verify(root, progress=False, manifest=root / "whole")
+    whole = open_data_set(config(root / "whole"))
+    assert (len(whole.train), len(whole.val)) == (8, 3)  # no benchmark loses a file that decodes unless it is asked for
     with pytest.raises(UserError, match="names no kind of finding"):
-        verify(root, keep=("ugly",))  # type: ignore[arg-type]
+        verify(root, drop=("ugly",))  # type: ignore[arg-type]
+
+
+def test_what_decodes_is_no_failure_of_the_command(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (root / "train" / "cat" / "cmyk.jpg").write_bytes(BAD["cmyk"] or b"")
+    assert main(["verify", str(root), "--quiet"]) == 0
+    assert "cmyk" in capsys.readouterr().out
+    (root / "train" / "cat" / "empty.jpg").write_bytes(b"")
+    assert main(["verify", str(root), "--quiet"]) == 1
 
 
 def exhaust(data: Loaders) -> None:

@@ -12,6 +12,7 @@ from asp_dist.errors import UserError, check
 from asp_dist.files import write_bytes, write_text
 
 SUFFIX = ".tsv"
+CLASSES = "classes.tsv"
 NEWLINE, TAB, SPACE, ZERO = 10, 9, 32, 48
 
 
@@ -93,7 +94,7 @@ def write_manifest(samples: Samples, path: Path, *, keep: IndexArray | None = No
 
 def read_classes(root: Path) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
     """Class ids and names from ``classes.tsv`` (lines ``ID<TAB>NAME`` in the order of the indices), or None."""
-    path = root / "classes.tsv"
+    path = root / CLASSES
     if not path.is_file():
         return None
     pairs = [line.partition("\t") for line in path.read_text(encoding="utf-8").splitlines() if line]
@@ -102,4 +103,4 @@ def read_classes(root: Path) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
 
 def write_classes(root: Path, classes: tuple[str, ...], names: tuple[str, ...]) -> None:
     """Write ``classes.tsv``; it is the last file of a data set, and marks it as complete."""
-    write_text(root / "classes.tsv", "".join(f"{c}\t{n}\n" for c, n in zip(classes, names, strict=True)), durable=False)
+    write_text(root / CLASSES, "".join(f"{c}\t{n}\n" for c, n in zip(classes, names, strict=True)), durable=False)

@@ -9,6 +9,8 @@ import io
 import os
 import re
 import tarfile
+import zipfile
+import zlib
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -40,9 +42,8 @@ def read_shards(root: Path, split: str, num_classes: int | None = None) -> Sampl
     """
     shards = shard_files(root, split)
     check(bool(shards), f"data: there are no shards {split}-*.tar under {root}")
-    sizes = np.array([(root / s).stat().st_size for s in shards], dtype=np.int64)
     table = root / f"{split}.index.npz"
-    samples = _read_table(table, root, shards, sizes)
+    samples = _read_table(table, root, shards)
     if samples is None:
         with ThreadPoolExecutor(8) as pool:
             walked = list(pool.map(lambda s: walk_shard(root / s), shards))
@@ -94,15 +95,22 @@ def _collect(root: Path, shards: tuple[str, ...], walked: list[list[Member]]) ->
     )
 
 
-def _read_table(table: Path, root: Path, shards: tuple[str, ...], sizes: IndexArray) -> Samples | None:
-    """The samples from `table`, or None if it is missing or tells of other shards."""
+def _stamps(root: Path, shards: tuple[str, ...]) -> IndexArray:
+    """Size in bytes and time of the last change in ns of each shard, int64 [S, 2]."""
+    found = [(root / shard).stat() for shard in shards]
+    return np.array([(one.st_size, one.st_mtime_ns) for one in found], dtype=np.int64).reshape(-1, 2)
+
+
+def _read_table(table: Path, root: Path, shards: tuple[str, ...]) -> Samples | None:
+    """The samples from `table`, or None if it is missing, torn, or tells of other shards."""
     try:
-        with np.load(table) as stored:
-            if tuple(stored["shards"].tolist()) != shards or not np.array_equal(stored["bytes"], sizes):
+        with table.open("rb") as file, np.load(file) as stored:  # which would leave a torn file open
+            known = tuple(stored["shards"].tolist()) == shards
+            if not known or not np.array_equal(stored["stamps"], _stamps(root, shards)):
                 return None
             names = Names(stored["blob"].tobytes(), stored["begins"], stored["ends"])
             return Samples(root, names, stored["labels"], shards, stored["shard"], stored["offset"], stored["size"])
-    except (OSError, KeyError, ValueError):
+    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error):
         return None
 
 
@@ -112,7 +120,7 @@ def write_table(samples: Samples, table: Path) -> None:
         np.savez(
             file,
             shards=np.array(samples.shards),
-            bytes=np.array([(samples.root / s).stat().st_size for s in samples.shards], dtype=np.int64),
+            stamps=_stamps(samples.root, samples.shards),
             blob=np.frombuffer(samples.names.blob, dtype=np.uint8),
             begins=samples.names.begins,
             ends=samples.names.ends,

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from asp_dist.data.formats.manifest import write_classes
+from asp_dist.data.formats.manifest import CLASSES, write_classes
 from asp_dist.errors import UserError
 
 SIDE, BORDER = 32, 4
@@ -28,7 +28,7 @@ def prepare_digits(target: str | Path) -> Path:
         UserError: `target` contains something else.
     """
     target = Path(target)
-    if (target / "classes.tsv").is_file():
+    if (target / CLASSES).is_file():
         return target
     if target.is_dir() and any(target.iterdir()):
         raise UserError(f"{target} contains something other than the digits: choose another folder or remove it")
@@ -51,7 +51,7 @@ def prepare_digits(target: str | Path) -> Path:
         try:
             os.rename(temporary, target)
         except OSError:
-            if not (target / "classes.tsv").is_file():  # else another process was faster with the same files
+            if not (target / CLASSES).is_file():  # else another process was faster with the same files
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import tarfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,9 +14,17 @@ import numpy as np
 from asp_dist.data.samples import Names, Samples, plain_name
 from asp_dist.errors import UserError, check
 
+# Images of the official archives, and the archives' MD5 sums, as torchvision has them.
+COUNTS = {"train": 1_281_167, "val": 50_000}
+NUM_CLASSES = 1000
 TRAIN, VAL, DEVKIT = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"
 META = "ILSVRC2012_devkit_t12/data/meta.mat"
 TRUTH = "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt"
+SUMS = {
+    TRAIN: "1d675b47d978889d74fa0da5fadfb00e",
+    VAL: "29b22e2961454d5413ddabcf34fc5622",
+    DEVKIT: "fa75699e90414af021442c21a62c3abf",
+}
 
 
 @dataclass(frozen=True)
@@ -87,11 +97,27 @@ class _Window(io.RawIOBase):
         return content
 
 
-def open_archives(source: Path) -> Archives:
-    """Index the official archives in `source`.
+def check_sums(source: Path) -> None:
+    """Compare the archives in `source` with their published MD5 sums; reads 156 GB.
 
     Raises:
-        UserError: one of them is missing or broken, or they do not fit together.
+        UserError: one of them differs; names it.
+    """
+    for name, wanted in SUMS.items():
+        with (source / name).open("rb") as file:
+            found = hashlib.file_digest(file, "md5").hexdigest()
+        check(found == wanted, f"--source {source}: {name} has the MD5 sum {found} instead of {wanted}: fetch it again")
+
+
+def open_archives(source: Path, *, allow_incomplete: bool = False) -> Archives:
+    """Index the official archives in `source`.
+
+    Args:
+        source: their folder.
+        allow_incomplete: accept fewer images or classes than ImageNet has.
+
+    Raises:
+        UserError: one of them is missing, broken or incomplete, or they do not fit together.
     """
     missing = [name for name in (TRAIN, VAL, DEVKIT) if not (source / name).is_file()]
     check(not missing, f"--source {source}: lacks {', '.join(missing)}; https://image-net.org/download has them")
@@ -108,6 +134,8 @@ def open_archives(source: Path) -> Archives:
     unknown = sorted({name.split("/")[0] for name, _, _ in train} - set(synsets))
     check(not unknown, f"--source {source}: {TRAIN} contains {unknown[:3]}, which {DEVKIT} does not list")
     check(len(val) == len(truth), f"--source {source}: {VAL} contains {len(val)} images, {DEVKIT} labels {len(truth)}")
+    if not allow_incomplete:
+        check_complete(source, synsets, [name.split("/")[0] for name, _, _ in train], len(val))
     val_labels = [index[synset_of[label]] for label in truth]
     val_names = [f"{synsets[label]}/{name}" for (name, _, _), label in zip(val, val_labels)]
     return Archives(
@@ -115,6 +143,30 @@ def open_archives(source: Path) -> Archives:
         tuple(named[s] for s in synsets),
         _samples(source, TRAIN, train, [name for name, _, _ in train], [index[n.split("/")[0]] for n, _, _ in train]),
         _samples(source, VAL, val, val_names, val_labels),
+    )
+
+
+def check_complete(source: Path, synsets: tuple[str, ...], train: Sequence[str], val: int) -> None:
+    """Raise `UserError` unless there are as many classes and images as ImageNet has.
+
+    A hole of zeros, which an interrupted download may leave, ends an archive without an error.
+
+    Args:
+        source: the archives' folder.
+        synsets: the classes.
+        train: the class of each training image.
+        val: number of validation images.
+    """
+    lacking = sorted(set(synsets) - set(train))
+    found = f"{len(train):,} training images of {len(set(train)):,} classes and {val:,} validation images"
+    complete = len(train) == COUNTS["train"] and val == COUNTS["val"] and len(synsets) == NUM_CLASSES and not lacking
+    check(
+        complete,
+        f"--source {source}: the archives contain {found}, ImageNet has {COUNTS['train']:,} of {NUM_CLASSES:,} and "
+        f"{COUNTS['val']:,}"
+        + (f"; no image of {', '.join(lacking[:3])}" if lacking else "")
+        + ". Fetch them again (--checksums "
+        "says which one is bad), or take them as they are (--allow-incomplete)",
     )
 
 

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from asp_dist.config import DataConfig
-from asp_dist.data.formats.manifest import write_classes, write_manifest
+from asp_dist.data.formats.manifest import CLASSES, write_classes, write_manifest
 from asp_dist.data.formats.shards import write_shards
-from asp_dist.data.info import DataInfo, inspect_data, open_data_set
+from asp_dist.data.info import PREPARED, DataInfo, inspect_data, open_data_set
 from asp_dist.data.prepare.cifar import LAYOUTS, prepare_cifar
 from asp_dist.data.prepare.digits import prepare_digits
-from asp_dist.data.prepare.imagenet import open_archives
+from asp_dist.data.prepare.imagenet import check_sums, open_archives
 from asp_dist.data.prepare.progress import progress_bar
 from asp_dist.data.samples import Samples
-from asp_dist.errors import UserError, check
-from asp_dist.files import write_bytes
+from asp_dist.errors import UserError
+from asp_dist.files import write_bytes, write_text
 
 Target = Literal["digits", "cifar10", "cifar100", "imagenet", "manifest", "shards"]
 Layout = Literal["folder", "shards"]
@@ -32,9 +33,13 @@ def prepare(
     source: str | Path | None = None,
     layout: Layout = "folder",
     per_shard: int = 5000,
+    allow_incomplete: bool = False,
+    checksums: bool = False,
     progress: bool = True,
 ) -> DataInfo:
     """Write a data set to `target`, or finish what an interrupted call began; returns its contents.
+
+    What is written, and from what, is kept in ``.prepare.json``: another data set or other shards never get in between.
 
     Args:
         dataset: ``digits`` (embedded), ``cifar10`` and ``cifar100`` (from torchvision's files in `source`), ``imagenet``
@@ -44,10 +49,12 @@ def prepare(
         source: where the data comes from.
         layout: ``folder`` or ``shards``, for ``imagenet``.
         per_shard: images per shard.
+        allow_incomplete: accept archives of ``imagenet`` with fewer images than it has.
+        checksums: compare these archives with their published sums first.
         progress: show a progress bar.
 
     Raises:
-        UserError: no or a wrong `source`; a `target` that contains something else.
+        UserError: no, a wrong or an incomplete `source`; a `target` that contains something else.
     """
     target = Path(target)
     bar = functools.partial(progress_bar, enabled=progress)
@@ -59,28 +66,83 @@ def prepare(
         raise UserError(f"prepare {dataset} needs --source FOLDER, where the data comes from")
     elif not Path(source).exists():
         raise UserError(f"--source {source}: there is no such file or folder")
-    elif (target / "classes.tsv").is_file():
-        pass  # complete: it is written last
-    elif dataset in LAYOUTS:
-        write_classes(target, *prepare_cifar(dataset, target, Path(source), bar))
-    elif dataset == "imagenet":
-        archives = open_archives(Path(source))
-        splits = {"train": archives.train, "val": archives.val}
-        with bar("Writing ImageNet", len(archives.train) + len(archives.val)) as advance:
-            for split, samples in splits.items():
-                if layout == "shards":
-                    write_shards(samples, target, split, per_shard=per_shard, advance=advance)
-                else:
-                    write_folder(samples, target / split, advance)
-        write_classes(target, archives.synsets, archives.names)
     else:
-        check(dataset == "shards", f"prepare {dataset}: there is no such data set")
-        opened = open_data_set(DataConfig(root=str(source)))
-        with bar("Writing shards", opened.info.num_train + opened.info.num_val) as advance:
-            for split, samples in (("train", opened.train), ("val", opened.val)):
-                write_shards(samples, target, split, per_shard=per_shard, advance=advance)
-        write_classes(target, opened.info.classes, opened.info.names)
+        _prepare_from(dataset, target, Path(source), layout, per_shard, allow_incomplete, checksums, bar)
     return inspect_data(DataConfig(root=str(target)))
+
+
+def _prepare_from(
+    dataset: Target,
+    target: Path,
+    source: Path,
+    layout: Layout,
+    per_shard: int,
+    allow_incomplete: bool,
+    checksums: bool,
+    bar: Any,
+) -> None:
+    sharded = dataset == "shards" or (dataset == "imagenet" and layout == "shards")
+    wanted = {"dataset": dataset, "layout": "shards" if sharded else "folder", "per_shard": per_shard if sharded else None}
+    _check_record(target, wanted)
+    if (target / CLASSES).is_file():  # complete: it is written last
+        return
+    if dataset in LAYOUTS:
+
+        def begin(title: str, total: int) -> Any:
+            _keep_record(target, wanted)
+            return bar(title, total)
+
+        write_classes(target, *prepare_cifar(dataset, target, source, begin))
+        return
+    if dataset == "imagenet":
+        if checksums:
+            check_sums(source)
+        archives = open_archives(source, allow_incomplete=allow_incomplete)
+        splits, classes, names = {"train": archives.train, "val": archives.val}, archives.synsets, archives.names
+    else:
+        opened = open_data_set(DataConfig(root=str(source)))
+        splits, classes, names = {"train": opened.train, "val": opened.val}, opened.info.classes, opened.info.names
+    _keep_record(target, {**wanted, "source": {split: samples.fingerprint for split, samples in splits.items()}})
+    with bar(f"Writing {dataset}", sum(map(len, splits.values()))) as advance:
+        for split, samples in splits.items():
+            if sharded:
+                write_shards(samples, target, split, per_shard=per_shard, advance=advance)
+            else:
+                write_folder(samples, target / split, advance)
+    write_classes(target, classes, names)
+    info = inspect_data(DataConfig(root=str(target)))
+    counts = {"train": info.num_train, "val": info.num_val}
+    for split, samples in splits.items():
+        if counts[split] != len(samples):
+            (target / CLASSES).unlink()
+            raise UserError(
+                f"{target} has {counts[split]:,} images in {split} now, and {source} has {len(samples):,}: something else had "
+                "been written there before. Remove it, or give another --target"
+            )
+
+
+def _keep_record(target: Path, wanted: dict[str, Any]) -> None:
+    """Begin to write `wanted`, or go on: see `_check_record`."""
+    _check_record(target, wanted)
+    target.mkdir(parents=True, exist_ok=True)
+    write_text(target / PREPARED, json.dumps(wanted, indent=1))
+
+
+def _check_record(target: Path, wanted: dict[str, Any]) -> None:
+    """Raise `UserError` if another call of `prepare` wrote to `target`, with the first thing that differs."""
+    try:
+        known: dict[str, Any] = json.loads((target / PREPARED).read_text())
+        different = next((name for name in wanted if name in known and known[name] != wanted[name]), None)
+    except FileNotFoundError:
+        return
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{target / PREPARED} cannot be read ({error}): remove {target}, or give another --target") from error
+    if different is not None:
+        what = "images of another source" if different == "source" else f"{different} = {known[different]}"
+        instead = "" if different == "source" else f" instead of {wanted[different]}"
+        raise UserError(
+            f"{target} was prepared with {what}{instead}: go on with that, remove the folder, or give another --target"
+        )
 
 
 def _prepare_manifest(source: Path, target: Path) -> None:

@@ -22,6 +22,8 @@ from asp_dist.errors import check
 
 Kind = Literal["unreadable", "empty", "not an image", "truncated", "cmyk", "duplicate"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+# What a network can be trained on all the same: the official ImageNet has both.
+HARMLESS: tuple[Kind, ...] = ("cmyk", "duplicate")
 DECODABLE = frozenset({"JPEG", "MPO", "PNG", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000"})
 
 
@@ -50,6 +52,11 @@ class Report:
 
     findings: tuple[Finding, ...]
     files: int
+
+    @property
+    def undecodable(self) -> int:
+        """How many files no decoder takes."""
+        return sum(finding.kind not in HARMLESS for finding in self.findings)
 
     def counts(self) -> dict[str, int]:
         """Findings of each kind."""
@@ -111,11 +118,15 @@ def verify(
     train: str = "train",
     val: str = "val",
     manifest: str | Path | None = None,
-    keep: tuple[Kind, ...] = (),
+    drop: tuple[Kind, ...] = (),
     threads: int | None = None,
     progress: bool = True,
+    on_finding: Callable[[Finding], None] = lambda finding: None,
 ) -> Report:
     """Decode every file of the data set at `root` and list what is wrong; write manifests of the rest if asked to.
+
+    Files with four color channels and files that are there twice stay in the manifests unless they are to be dropped: a
+    benchmark without them would be another one.
 
     A JPEG whose compressed data was overwritten decodes to noise without an error, here as in any decoder, and is not
     found.
@@ -124,16 +135,17 @@ def verify(
         root: the data set: folder, manifest or shards.
         train: name of the training split.
         val: name of the validation split.
-        manifest: folder for the manifests of the files without findings (``train.tsv``, ``val.tsv``, ``classes.tsv``).
-        keep: kinds of findings that stay in the manifests, such as ``cmyk`` and ``duplicate``.
+        manifest: folder for the manifests of the files that decode (``train.tsv``, ``val.tsv``, ``classes.tsv``).
+        drop: kinds of findings that the manifests leave out as well: ``cmyk``, ``duplicate``.
         threads: decoding threads; None: from the machine.
         progress: show a progress bar.
+        on_finding: called with each finding at once.
 
     Raises:
         UserError: no data set at `root`; a manifest of shards.
     """
-    unknown = sorted(set(keep) - set(KINDS))
-    check(not unknown, f"keep = {unknown} names no kind of finding; there are {', '.join(KINDS)}")
+    unknown = sorted(set(drop) - set(KINDS))
+    check(not unknown, f"drop = {unknown} names no kind of finding; there are {', '.join(KINDS)}")
     data_set = open_data_set(DataConfig(root=str(root), train=train, val=val))
     check(
         manifest is None or data_set.info.format != "shards",
@@ -141,12 +153,16 @@ def verify(
     )
     total = data_set.info.num_train + data_set.info.num_val
     with progress_bar("Verifying", total, progress) as advance:
-        findings = tuple(_findings(data_set, threads or default_threads(), advance))
+        found: list[Finding] = []
+        for finding in _findings(data_set, threads or default_threads(), advance):
+            found.append(finding)
+            on_finding(finding)
+        findings = tuple(found)
     if manifest is not None:
         folder = Path(manifest)
         folder.mkdir(parents=True, exist_ok=True)
         for split, samples in (("train", data_set.train), ("val", data_set.val)):
-            dropped = [f.index for f in findings if f.split == split and f.kind not in keep]
+            dropped = [f.index for f in findings if f.split == split and (f.kind not in HARMLESS or f.kind in drop)]
             write_manifest(samples, folder / f"{split}.tsv", keep=np.delete(np.arange(len(samples)), dropped))
         write_classes(folder, data_set.info.classes, data_set.info.names)
     return Report(findings, total)
