@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-import os
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -33,8 +32,6 @@ from asp_dist.training.hooks import Stopped
 OnRow = Callable[[dict[str, Any]], None]
 POLL_S = 0.3
 GROUP_START_S = 60.0
-# Settings of the communication libraries that workers inherit from the driver.
-PASSED_ON = ("NCCL_", "GLOO_", "TORCH_", "HF_HUB_OFFLINE")
 
 
 def run(config: Config, on_row: OnRow | None = None, *, train: TrainFunction | None = None) -> dict[str, Any]:
@@ -162,7 +159,7 @@ class _Launch:
 
     def _trainer(self, files: LaunchFiles, needed: Resources) -> ClusterTrainer:
         cluster = self.config.cluster
-        environment = {k: v for k, v in os.environ.items() if k.startswith(PASSED_ON)}
+        environment = user_keys.settings()
         elastic = cluster.min_workers is not None
         trainer = ClusterTrainer(
             train_loop_per_worker,

@@ -25,8 +25,6 @@ from asp_dist.cluster import user_keys
 from asp_dist.config import Config, to_dict
 from asp_dist.errors import UserError, check
 
-# Handed from this process's environment to the job's. Keys go another way: see `asp_dist.cluster.user_keys`.
-PASSED_ON = ("WANDB_BASE_URL", "WANDB_ENTITY", "WANDB_PROJECT", "WANDB_MODE", "HF_HUB_OFFLINE", "NCCL_SOCKET_IFNAME")
 EXIT_FAILURE, EXIT_STOPPED = 1, 75
 POLL_S = 1.0
 START_WAIT_S = 60.0
@@ -97,7 +95,8 @@ def submit(
     logging.getLogger("ray.dashboard").setLevel(logging.WARNING)
     logging.getLogger("ray._private.runtime_env").setLevel(logging.WARNING)
     job = f"{config.name}-{uuid.uuid4().hex[:8]}"
-    variables = {name: os.environ[name] for name in PASSED_ON if name in os.environ} | user_keys.put(client)
+    wandb = {name: os.environ[name] for name in user_keys.WITH_WANDB if name in os.environ}
+    variables = user_keys.settings() | wandb | user_keys.put(client)
     with _package(on_cluster(config, root or Path.cwd())) as folder:
         _submit_with_retries(
             client,

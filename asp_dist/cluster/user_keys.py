@@ -1,4 +1,4 @@
-"""Passes the user's keys to the workers without writing them to disk.
+"""What of the user's environment reaches the workers: settings in the open, keys without being written to disk.
 
 Ray writes a job's environment variables to its logs and shows them in its job API. So a key is put into the memory of the
 cluster's head under a random name, and only the name goes along; the job takes the key out, once, and hands it to its
@@ -19,14 +19,29 @@ if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
 KEYS = ("WANDB_API_KEY", "HF_TOKEN")
+# Beginnings of the names by which clouds' libraries are let in, but for what describes the machine itself.
+CLOUD_KEYS = ("AWS_", "AZURE_STORAGE_", "GOOGLE_APPLICATION_CREDENTIALS", "GOOGLE_CLOUD_PROJECT")
+OF_THE_MACHINE = ("AWS_CONTAINER_", "AWS_EXECUTION_ENV", "AWS_LAMBDA_", "TORCH_HOME")
 # What goes with wandb's key: offered to another server than its own, it would be given away.
 WITH_WANDB = ("WANDB_BASE_URL", "WANDB_MODE", "WANDB_ENTITY", "WANDB_PROJECT")
+# Beginnings of the names of the communication libraries' settings, and others.
+SETTINGS = ("NCCL_", "GLOO_", "TORCH_", "PYTORCH_", "FI_", "UCX_", "HF_HUB_OFFLINE")
 PLACE = "ASP_DIST_KEYS"  # the environment variable that names the place
+
+
+def is_key(name: str) -> bool:
+    """Whether the environment variable of that name may hold a key."""
+    return name in KEYS or (name.startswith(CLOUD_KEYS) and not name.startswith(OF_THE_MACHINE))
+
+
+def settings() -> dict[str, str]:
+    """The settings in this process's environment that workers take over; none of them is a secret."""
+    return {k: v for k, v in os.environ.items() if k.startswith(SETTINGS) and not k.startswith(OF_THE_MACHINE)}
 
 
 def from_environment() -> dict[str, str]:
     """The keys in this process's environment, and where and how wandb tracks, by the environment or its settings files."""
-    found = {name: os.environ[name] for name in (*KEYS, *WITH_WANDB) if os.environ.get(name)}
+    found = {name: value for name, value in os.environ.items() if value and (is_key(name) or name in WITH_WANDB)}
     address = configured_server()
     return found if address is None else {"WANDB_BASE_URL": address, **found}
 
@@ -34,7 +49,7 @@ def from_environment() -> dict[str, str]:
 def put(client: JobSubmissionClient) -> dict[str, str]:
     """Put this process's keys into the head's memory; returns the environment variable that lets a job `take` them."""
     keys = from_environment()
-    if not any(name in keys for name in KEYS):
+    if not any(is_key(name) for name in keys):
         return {}
     name = f"asp-dist-{uuid.uuid4().hex}.zip"  # the ending by which Ray knows a package
     put_in_head_memory(client, name, json.dumps(keys).encode())
@@ -48,4 +63,4 @@ def take() -> None:
         return
     stored = take_from_head_memory(place)
     if stored is not None:
-        os.environ.update({name: value for name, value in json.loads(stored).items() if name in (*KEYS, *WITH_WANDB)})
+        os.environ.update({name: value for name, value in json.loads(stored).items() if is_key(name) or name in WITH_WANDB})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +63,9 @@ def test_an_address_without_credentials_is_taken(address: str) -> None:
 
 
 def environment(monkeypatch: pytest.MonkeyPatch, **values: str) -> None:
-    for name in (*user_keys.KEYS, *user_keys.WITH_WANDB, "WANDB_CONFIG_DIR", user_keys.PLACE):
-        monkeypatch.delenv(name, raising=False)
+    known = {*user_keys.WITH_WANDB, "WANDB_CONFIG_DIR", user_keys.PLACE}
+    for name in [name for name in os.environ if name in known or user_keys.is_key(name)]:
+        monkeypatch.delenv(name)
     for name, value in values.items():
         monkeypatch.setenv(name, value)
 
@@ -88,6 +90,22 @@ def test_wandbs_server_and_mode_go_with_its_key(monkeypatch: pytest.MonkeyPatch,
     assert user_keys.from_environment()["WANDB_BASE_URL"] == "http://nearer:8080"
     (tmp_path / "settings").write_text("no settings")
     assert "WANDB_API_KEY" in user_keys.from_environment()
+
+
+def test_keys_of_clouds_go_unseen_and_settings_in_the_open(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    keys = {
+        "AWS_ACCESS_KEY_ID": "AKIA",
+        "AWS_SECRET_ACCESS_KEY": SECRET,
+        "AWS_ENDPOINT_URL": "http://here:9000",
+        "AZURE_STORAGE_KEY": SECRET,
+        "GOOGLE_APPLICATION_CREDENTIALS": "/keys/file.json",
+    }
+    plain = {"NCCL_DEBUG": "INFO", "FI_PROVIDER": "efa", "UCX_TLS": "rc", "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    of_the_machine = {"AWS_CONTAINER_CREDENTIALS_RELATIVE_URI": "/v2/x", "TORCH_HOME": "/home/me", "HOME": "/home/me"}
+    monkeypatch.chdir(tmp_path)
+    environment(monkeypatch, WANDB_CONFIG_DIR=str(tmp_path), **keys, **plain, **of_the_machine)
+    assert user_keys.from_environment() == keys
+    assert {name: value for name, value in user_keys.settings().items() if name in (plain | of_the_machine | keys)} == plain
 
 
 def test_a_submitted_job_finds_the_server_with_the_key_with_a_mocked_head(
