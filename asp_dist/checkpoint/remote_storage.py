@@ -158,6 +158,11 @@ class Mirror:
                 with self.system.open_output_stream(f"{self.path}/{name}") as stream:
                     stream.write(file.read_bytes())
 
+    def lacks(self, names: tuple[str, ...]) -> bool:
+        """Whether the store lacks one of these files of the folder. Raises OSError if it does not answer."""
+        here = [name for name in names if (self.folder / name).is_file()]
+        return not all(self.system.get_file_info(f"{self.path}/{name}").is_file for name in here)
+
     def fetch(self, names: tuple[str, ...]) -> list[str]:
         """Copy the record to the folder where it lacks it or is behind; returns the names of the files that were copied.
 

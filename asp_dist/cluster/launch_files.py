@@ -3,24 +3,21 @@
     RUN_DIR/cluster/LAUNCH/stop      why the run should stop; the driver writes it, the workers poll it
     RUN_DIR/cluster/LAUNCH/fatal     an error that a restart would only repeat; a worker writes it
     RUN_DIR/cluster/LAUNCH/failures  one line per failed worker group, written where Ray Train's controller runs
-    RUN_DIR/cluster/lock             held by rank 0 while it may write to the run directory
 
 LAUNCH identifies the driver's launch. The folder is removed at the end; a killed driver's one by the next launch.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shutil
-import time
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from asp_dist.checkpoint.folder_lock import hold_folder
 from asp_dist.errors import UserError
 from asp_dist.files import write_text
 
@@ -66,11 +63,8 @@ class LaunchFiles:
 
     def _sweep(self, wait_s: float = 0.0) -> None:
         """Remove all launch files, those that killed drivers left too, unless some run is at work here."""
-        try:
-            with self.lock(wait_s):
-                shutil.rmtree(self.folder.parent, ignore_errors=True)
-        except (OSError, UserError):
-            pass
+        with suppress(OSError, UserError), hold_folder(self.run_dir, wait_s):
+            shutil.rmtree(self.folder.parent, ignore_errors=True)
 
     def visible(self) -> bool:
         """Whether this process sees the folder that the driver made."""
@@ -99,25 +93,3 @@ class LaunchFiles:
         except OSError:
             return None
         return record
-
-    @contextmanager
-    def lock(self, wait_s: float = 60.0) -> Iterator[None]:
-        """Hold the run directory's lock; the workers of a killed driver hold it for some seconds more.
-
-        Raises:
-            UserError: another process still has it after `wait_s` seconds.
-        """
-        deadline = time.monotonic() + wait_s
-        with (self.folder.parent / "lock").open("a") as file:
-            while True:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() > deadline:
-                        raise UserError(
-                            f"another run still writes to {self.run_dir}: "
-                            "stop it, or give this one another name (--name) or output.dir"
-                        ) from None
-                    time.sleep(0.2)
-            yield

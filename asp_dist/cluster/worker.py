@@ -20,6 +20,7 @@ import ray.train
 import torch
 from ray.train.torch import TorchConfig, get_device
 
+from asp_dist.checkpoint.folder_lock import RESTART_WAIT_S
 from asp_dist.cluster.launch_files import LaunchFiles
 from asp_dist.cluster.ray_private import TorchBackend, preempted
 from asp_dist.config import Config
@@ -53,6 +54,8 @@ class Job:
 
 class RayHooks(Hooks):
     """Reports to Ray Train's controller, and polls the driver's stop file and Ray's preemption notices."""
+
+    folder_wait_s = RESTART_WAIT_S  # the group before may have lost its machine
 
     def __init__(self, files: LaunchFiles) -> None:
         self._files = files
@@ -99,8 +102,6 @@ def train_loop_per_worker(job: Job) -> dict[str, Any]:
     with ExitStack() as stack:
         stack.enter_context(_log_file(job.files.run_dir, world.rank))
         try:
-            if world.is_main:
-                stack.enter_context(job.files.lock())
             train = job.train or _default_train()
             return {"summary": train(job.config, world, RayHooks(job.files))}
         except Stopped as stopped:

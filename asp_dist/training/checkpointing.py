@@ -120,6 +120,19 @@ def send_results(run: Run) -> None:
         log_events(run, [Event(WARNING, f"results not copied to {run.config.output.storage}: {error}")])
 
 
+def send_missing_results(config: Config) -> None:
+    """Copy the results of a finished run to ``output.storage`` if it lacks one of them."""
+    mirror = build_mirror(config)
+    if mirror is None:
+        return
+    try:
+        if mirror.lacks(RESULTS):
+            mirror.send(RESULTS)
+            log.info("copied the results to %s", config.output.storage)
+    except OSError as error:
+        log.warning("results not copied to %s: %s", config.output.storage, error)
+
+
 def due(run: Run) -> bool:
     """Whether a checkpoint is due after the step being done, by ``output.checkpoint_steps`` or the clock of rank 0.
 

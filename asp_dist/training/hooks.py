@@ -9,6 +9,8 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
+from asp_dist.checkpoint.folder_lock import START_WAIT_S
+
 if TYPE_CHECKING:
     from asp_dist.training.run import Run
 
@@ -30,7 +32,13 @@ class Stopped(RuntimeError):  # noqa: N818
 
 
 class Hooks:
-    """The trainer's seams to its surroundings; the defaults do nothing."""
+    """The trainer's seams to its surroundings; the defaults do nothing.
+
+    Attributes:
+        folder_wait_s: how long to wait for another process that still writes to the run's folder.
+    """
+
+    folder_wait_s: float = START_WAIT_S
 
     def report(self, metrics: dict[str, Any]) -> None:
         """Take the metrics of an epoch or a checkpoint. Called equally often on every rank."""

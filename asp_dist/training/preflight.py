@@ -9,7 +9,8 @@ import torch
 from timm.data import resolve_model_data_config
 from torch import nn
 
-from asp_dist.checkpoint.record import check_run_dir, with_absolute_paths
+from asp_dist.checkpoint.folder_lock import check_free
+from asp_dist.checkpoint.record import check_run_dir, run_dir, with_absolute_paths
 from asp_dist.config import Config
 from asp_dist.data import DataInfo, inspect_data
 from asp_dist.data.images import build_spec
@@ -54,6 +55,8 @@ def preflight(config: Config) -> Preflight:
     resumes = check_run_dir(config) is not None
     if not resumes:
         check_start(config)
+    elif int(os.environ.get("RANK", "0")) == 0:
+        check_free(run_dir(config))
     world_size = planned_world_size(config)
     check_batch(config, data)
     steps_per_epoch = data.num_train // config.data.batch_size

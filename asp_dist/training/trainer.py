@@ -6,13 +6,14 @@ import dataclasses
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from asp_dist.checkpoint.folder_lock import hold_folder
 from asp_dist.checkpoint.record import claim_run_dir, finished_summary, run_dir, store_config, with_absolute_paths
 from asp_dist.config import Config
 from asp_dist.tracking import build_tracker
@@ -46,17 +47,25 @@ def train(config: Config, world: World, hooks: Hooks | None = None) -> dict[str,
         UserError: the configuration does not fit the data, the model, the workers, or the run in the folder.
         Stopped: `hooks` asked for it; a checkpoint is saved.
         BadNumbers: ``training.max_bad_steps`` steps in a row had a loss or gradient that is not finite.
+        FolderBusy: another process still writes to the run's folder.
     """
-    config = with_absolute_paths(config)
+    config, hooks = with_absolute_paths(config), hooks or Hooks()
+    with ExitStack() as held:
+        world.on_main(lambda: held.enter_context(hold_folder(run_dir(config), hooks.folder_wait_s)))
+        return _train(config, world, hooks)
+
+
+def _train(config: Config, world: World, hooks: Hooks) -> dict[str, Any]:
     world.on_main(lambda: checkpointing.fetch_record(config))
     identity = world.on_main(lambda: claim_run_dir(config))
     done = world.on_main(lambda: finished_summary(config))
     if done is not None:
         log.info("%s is finished already", run_dir(config))
+        world.on_main(lambda: checkpointing.send_missing_results(config))
         return done
     checkpoints = checkpointing.build_checkpoint_manager(config, identity["id"])
     places = [place for place in identity["places"] if place != config.output.storage]
-    run = build_run(config, world, hooks or Hooks(), checkpoints, identity["id"])
+    run = build_run(config, world, hooks, checkpoints, identity["id"])
     code = 1
     try:
         resumed = checkpointing.resume(run, places)
@@ -78,6 +87,8 @@ def train(config: Config, world: World, hooks: Hooks | None = None) -> dict[str,
     finally:
         checkpoints.wait()
         checkpointing.log_events(run, checkpoints.events())
+        if world.is_main and not code:
+            checkpointing.send_results(run)  # wandb's upload may take minutes, and the machine may be gone by then
         run.tracker.finish({} if code else summary, exit_code=code)
         if world.is_main and not code:
             run.hooks.finished(run.folder)

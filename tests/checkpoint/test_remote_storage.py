@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ from asp_dist.checkpoint.remote_storage import RemoteStore, open_storage
 from asp_dist.config import Config, OutputConfig
 from asp_dist.errors import UserError
 from asp_dist.tracking import read_rows
+from asp_dist.tracking.tracker import RunTracker
 from asp_dist.training import checkpointing
 from asp_dist.training.hooks import Stopped
 from asp_dist.training.trainer import train
@@ -301,6 +303,36 @@ def test_a_machine_with_an_old_folder_takes_the_longer_record(address: str, tmp_
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+def test_results_that_the_store_lacks_are_copied_at_the_next_start(address: str, tmp_path: Path) -> None:
+    """The machine was lost after the run had ended, before its results were copied."""
+    config = stored(small_config(tmp_path), address)
+    summary = train(config, World())
+    system, path = open_storage(address)
+    for name in ("summary.json", "model.safetensors"):
+        system.delete_file(f"{path}/run/{name}")
+    assert train(config, World()) == summary
+    for name in ("summary.json", "model.safetensors"):
+        with system.open_input_stream(f"{path}/run/{name}") as stream:
+            assert stream.read() == (run_dir(config) / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_results_are_copied_before_wandb_takes_its_time(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = stored(small_config(tmp_path), address)
+    system, path = open_storage(address)
+    seen: list[bool] = []
+    finish = RunTracker.finish
+
+    def late(tracker: RunTracker, *arguments: Any, **options: Any) -> None:
+        seen.append(system.get_file_info(f"{path}/run/summary.json").is_file)
+        finish(tracker, *arguments, **options)
+
+    monkeypatch.setattr(RunTracker, "finish", late)
+    train(config, World())
+    assert seen[0]
+
+
 def test_another_run_of_the_same_name_in_the_store_is_refused(address: str, tmp_path: Path) -> None:
     torch.set_num_threads(1)
     mine, theirs = small_config(tmp_path / "mine"), small_config(tmp_path / "theirs")

@@ -1,0 +1,170 @@
+"""The lock of a run's folder: one writer at a time, however it was started, on this machine or another."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+from asp_dist.errors import UserError, may_pass
+from asp_dist.files import write_text
+
+log = logging.getLogger(__name__)
+
+LOCK_FILE = ".lock"
+LEASE_FILE = ".lease"
+# An NFS server keeps a dead machine's locks for a lease of 90 s and some more.
+RESTART_WAIT_S = 300.0
+START_WAIT_S = 30.0  # processes that are being ended take some seconds
+POLL_S = 0.2
+# Where the file system knows no locks: the owner says so often that it is alive, and is dead after silence of so long.
+BEAT_S = 5.0
+SILENCE_S = 30.0
+# Lustre without `-o flock`, NFS without a lock server, FUSE.
+_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
+
+
+class FolderBusy(OSError):  # noqa: N818
+    """Another process still writes to the run's folder; it may be gone soon."""
+
+
+@contextmanager
+def hold_folder(folder: Path, wait_s: float = START_WAIT_S) -> Iterator[None]:
+    """Hold the lock of a run's folder; a process that ends in any way lets go of it.
+
+    Args:
+        folder: the run's folder; made if it is not there.
+        wait_s: how long to wait for another process that holds it.
+
+    Raises:
+        FolderBusy: it still does; names its host and process.
+        UserError: the folder cannot be written.
+        OSError: the file system does not answer.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        opened = (folder / LOCK_FILE).open("a+")
+    except OSError as error:
+        if may_pass(error):
+            raise
+        raise UserError(f"output folder {folder} cannot be written: {error.strerror or error}") from error
+    with opened as file:
+        try:
+            _wait(lambda: _flock(file), folder, wait_s, lambda: _owner(file))
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            log.info("%s has no file locks (%s): held by a lease instead", folder, error.strerror)
+            with _lease(folder, wait_s):
+                yield
+            return
+        file.truncate(0)
+        json.dump(_me(), file)
+        file.flush()
+        yield
+
+
+def check_free(folder: Path, wait_s: float = START_WAIT_S) -> None:
+    """Raise `UserError` if another process writes to the run's folder."""
+    if not folder.is_dir():
+        return
+    try:
+        with hold_folder(folder, wait_s):
+            pass
+    except FolderBusy as error:
+        raise UserError(f"{error}. Stop it, or give this run another name (--name) or output.dir") from error
+
+
+def _me() -> dict[str, Any]:
+    return {"host": socket.gethostname(), "process": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+
+
+def _owner(file: IO[str]) -> str:
+    file.seek(0)
+    return _words(file.read())
+
+
+def _words(text: str) -> str:
+    try:
+        owner = json.loads(text)
+        return f"process {owner['process']} on {owner['host']}, since {owner['since']}"
+    except (ValueError, KeyError, TypeError):
+        return "a process that has not said which"
+
+
+def _flock(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _wait(take: Any, folder: Path, wait_s: float, owner: Any) -> None:
+    """Call `take` until it returns True, for `wait_s` seconds."""
+    begin = time.monotonic()
+    told = False
+    while not take():
+        waited = time.monotonic() - begin
+        if waited > wait_s:
+            raise FolderBusy(f"another run still writes to {folder}: {owner()}")
+        if waited > 2.0 and not told:
+            told = True
+            log.warning("%s still writes to %s: waiting for it, %.0f s at most", owner(), folder, wait_s)
+        time.sleep(POLL_S)
+
+
+@contextmanager
+def _lease(folder: Path, wait_s: float) -> Iterator[None]:
+    """Hold the folder by a file that is written again and again; its clock is this process's own, never another machine's."""
+    path, me = folder / LEASE_FILE, uuid.uuid4().hex
+    seen: tuple[str, float] = ("", time.monotonic())
+
+    def text() -> str:
+        with suppress(OSError):
+            return path.read_text()
+        return ""
+
+    def take() -> bool:
+        nonlocal seen
+        now = text()
+        if now != seen[0]:
+            seen = (now, time.monotonic())
+        if now and time.monotonic() - seen[1] < SILENCE_S:
+            return False
+        beat(0)
+        time.sleep(1.0)  # two may have found it silent at once: the last one to write has it
+        return json.loads(text() or "{}").get("id") == me
+
+    def beat(number: int) -> None:
+        write_text(path, json.dumps({**_me(), "id": me, "beat": number}), durable=False)
+
+    # A silent owner is found out after a while only: no shorter wait would ever take a dead one's place.
+    _wait(take, folder, max(wait_s, SILENCE_S + 5.0), lambda: _words(text()))
+    done = threading.Event()
+
+    def keep() -> None:
+        number = 0
+        while not done.wait(BEAT_S):
+            number += 1
+            with suppress(OSError):
+                beat(number)
+
+    thread = threading.Thread(target=keep, name="lease", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        path.unlink(missing_ok=True)
