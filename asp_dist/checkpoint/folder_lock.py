@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import socket
+import sys
 import threading
 import time
 import uuid
@@ -74,10 +75,17 @@ def hold_folder(folder: Path, wait_s: float = START_WAIT_S) -> Iterator[None]:
         yield
 
 
-def check_free(folder: Path, wait_s: float = START_WAIT_S) -> None:
-    """Raise `UserError` if another process writes to the run's folder."""
+def check_free(folder: Path, wait_s: float | None = None) -> None:
+    """Raise `UserError` if another process writes to the run's folder.
+
+    Args:
+        folder: the run's folder, which need not exist.
+        wait_s: how long to wait for it; None: `START_WAIT_S` if a person has started this, else `RESTART_WAIT_S`.
+    """
     if not folder.is_dir():
         return
+    if wait_s is None:
+        wait_s = START_WAIT_S if sys.stdin is not None and sys.stdin.isatty() else RESTART_WAIT_S
     try:
         with hold_folder(folder, wait_s):
             pass
