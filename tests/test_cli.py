@@ -88,6 +88,7 @@ def test_print_config_is_a_configuration_again(capsys: pytest.CaptureFixture[str
             (CONFIG, "--pruning.control", "track"),
             ("pruning.loss.density = measured", "SparsityLoss", "pruning.control = track"),
         ),
+        ((CONFIG, "--name", ".."), ("name = '..'", "plain folder name")),
         ((CONFIG, "--cluster.min_workers", "3"), ("cluster.min_workers = 3", "num_workers = 2")),
         ((CONFIG, "--budget.count", "5"), ("budget: give exactly one", "sparsity and count")),
     ],

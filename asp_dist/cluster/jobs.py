@@ -28,7 +28,7 @@ from asp_dist.errors import UserError, check
 EXIT_FAILURE, EXIT_STOPPED = 1, 75
 POLL_S = 1.0
 START_WAIT_S = 60.0
-ATTEMPTS = 5
+ATTEMPTS = 6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +105,8 @@ def submit(
             runtime_env={"working_dir": str(folder), "env_vars": variables},
             metadata={"run": config.name},
         )
-    print(f"job {job} submitted; status: asp-dist submit --status {job}; stop: asp-dist submit --stop {job}", file=out)
+    ask = "asp-dist submit" + (f" --address {cluster.address}" if cluster.address else "")
+    print(f"job {job} submitted; status: {ask} --status {job}; stop: {ask} --stop {job}", file=out)
     if not wait:
         return 0
     follow(client, job, out)
@@ -169,16 +170,20 @@ def follow(client: JobSubmissionClient, job: str, out: TextIO) -> None:
             out.flush()
 
     failures = 0
-    while not _status(client, job).is_terminal():
+    while True:
         try:
+            if _status(client, job).is_terminal():
+                out.write(client.get_job_logs(job)[printed:])
+                return
+            failures = 0
             asyncio.run(tail())
         except (OSError, RuntimeError) as error:
             failures += 1
             if failures == ATTEMPTS:
-                raise UserError(f"lost the connection to the cluster; job {job} may still run: {error}") from error
-        time.sleep(POLL_S)
-    rest = client.get_job_logs(job)[printed:]
-    out.write(rest)
+                raise UserError(
+                    f"lost the connection to the cluster; job {job} may still run: asp-dist submit --status {job} ({error})"
+                ) from error
+        time.sleep(POLL_S * 2**failures)
 
 
 def exit_code(client: JobSubmissionClient, job: str, out: TextIO) -> int:

@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 KEYS = ("WANDB_API_KEY", "HF_TOKEN")
 # Beginnings of the names by which clouds' libraries are let in, but for what describes the machine itself.
 CLOUD_KEYS = ("AWS_", "AZURE_STORAGE_", "GOOGLE_APPLICATION_CREDENTIALS", "GOOGLE_CLOUD_PROJECT")
-OF_THE_MACHINE = ("AWS_CONTAINER_", "AWS_EXECUTION_ENV", "AWS_LAMBDA_", "TORCH_HOME")
+OF_THE_MACHINE = (
+    *("AWS_CONTAINER_", "AWS_EXECUTION_ENV", "AWS_LAMBDA_", "AWS_CA_BUNDLE", "AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"),
+    *("AWS_WEB_IDENTITY_TOKEN_FILE", "TORCH_HOME"),
+)
 # What goes with wandb's key: offered to another server than its own, it would be given away.
 WITH_WANDB = ("WANDB_BASE_URL", "WANDB_MODE", "WANDB_ENTITY", "WANDB_PROJECT")
 # Beginnings of the names of the communication libraries' settings, and others.

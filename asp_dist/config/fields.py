@@ -470,4 +470,7 @@ class Config:
     resume: ResumeConfig = ResumeConfig()
 
     def __post_init__(self) -> None:
-        check(bool(self.name) and "/" not in self.name, f"name = {self.name!r} must be a plain folder name")
+        check(
+            bool(self.name) and "/" not in self.name and self.name[0] not in ".-",
+            f"name = {self.name!r} must be a plain folder name, which does not begin with a dot or a hyphen",
+        )

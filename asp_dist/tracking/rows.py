@@ -155,7 +155,7 @@ class Tail:
                 start = self._given[-1][1] if self._given else 0
                 file.seek(start)
                 data = file.read()
-        except FileNotFoundError:
+        except OSError:  # it is not there yet, or a network file system does not answer now
             return []
         rows = []
         for line in data[: data.rfind(b"\n") + 1].splitlines(keepends=True):

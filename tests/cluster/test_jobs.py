@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 from processes import environment_of, processes
+from ray.job_submission import JobStatus
 from waiting import HANG_S, wait_until
 
 from asp_dist.cluster import jobs, ray_private, user_keys
@@ -181,7 +182,8 @@ def test_keys_are_taken_out_of_the_heads_memory_once(monkeypatch: pytest.MonkeyP
             return SimpleNamespace(raise_for_status=lambda: None)
 
     monkeypatch.setenv("WANDB_API_KEY", KEY)
-    monkeypatch.delenv("HF_TOKEN", raising=False)
+    for name in [name for name in os.environ if user_keys.is_key(name) and name != "WANDB_API_KEY"]:
+        monkeypatch.delenv(name)
     place = user_keys.put(Client())
     assert KEY not in str(place)
     monkeypatch.setattr(ray_private, "_internal_kv_get", memory.get)
@@ -225,6 +227,37 @@ def test_a_stopped_job_leaves_a_checkpoint_and_no_process(head: tuple[jobs.Clust
 def test_an_unknown_job_is_said_so(head: tuple[jobs.Cluster, Path]) -> None:
     with pytest.raises(UserError, match="knows no job nobody"):
         jobs.stop("nobody", head[0])
+
+
+def test_a_short_break_of_the_connection_does_not_lose_the_job_with_a_mocked_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when `kubectl port-forward` is started again; it may fail at the question for the state too."""
+    monkeypatch.setattr(jobs, "POLL_S", 0.0)
+    answers: list[Any] = [
+        *(ConnectionError("refused"), ConnectionError("refused"), JobStatus.RUNNING),
+        *(ConnectionError("refused"), JobStatus.RUNNING, JobStatus.SUCCEEDED),
+    ]
+
+    class Client:
+        def get_job_status(self, job: str) -> JobStatus:
+            answer = answers.pop(0)
+            if isinstance(answer, Exception):
+                raise answer
+            assert isinstance(answer, JobStatus)
+            return answer
+
+        async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
+            yield "one\n"
+            raise RuntimeError("the connection broke")
+
+        def get_job_logs(self, job: str) -> str:
+            return "one\ntwo\n"
+
+    out = io.StringIO()
+    jobs.follow(Client(), "job", out)
+    assert out.getvalue() == "one\ntwo\n" and answers == []
+    answers.extend([ConnectionError("refused")] * jobs.ATTEMPTS)
+    with pytest.raises(UserError, match="job job may still run: asp-dist submit --status job"):
+        jobs.follow(Client(), "job", out)
 
 
 def test_a_job_waits_for_a_cluster_that_has_just_started_with_a_mocked_server(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -101,7 +101,7 @@ def test_keys_of_clouds_go_unseen_and_settings_in_the_open(monkeypatch: pytest.M
         "GOOGLE_APPLICATION_CREDENTIALS": "/keys/file.json",
     }
     plain = {"NCCL_DEBUG": "INFO", "FI_PROVIDER": "efa", "UCX_TLS": "rc", "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
-    of_the_machine = {"AWS_CONTAINER_CREDENTIALS_RELATIVE_URI": "/v2/x", "TORCH_HOME": "/home/me", "HOME": "/home/me"}
+    of_the_machine = {"AWS_CONTAINER_CREDENTIALS_RELATIVE_URI": "/v2/x", "TORCH_HOME": "/home/me", "AWS_CA_BUNDLE": "/etc/x"}
     monkeypatch.chdir(tmp_path)
     environment(monkeypatch, WANDB_CONFIG_DIR=str(tmp_path), **keys, **plain, **of_the_machine)
     assert user_keys.from_environment() == keys

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,13 @@ def test_images_arrive_in_the_networks_memory_order(digits: Path) -> None:
         [next(iter(one.val)) for one in (first, last)],
     ):
         assert same(one, other) and other[0].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_hidden_files_are_no_images(digits: Path, tmp_path: Path) -> None:
+    """macOS leaves ``._1.jpg`` beside ``1.jpg`` on foreign file systems."""
+    shutil.copytree(digits, tmp_path / "digits")
+    (tmp_path / "digits" / "train" / "0" / "._0001.png").write_bytes(b"Mac OS X")
+    assert len(open_data_set(config(tmp_path / "digits")).train) == 1438
 
 
 def test_nonsense_for_the_decoder_is_refused() -> None:

@@ -25,8 +25,9 @@ def class_folders(split: Path) -> tuple[str, ...]:
 
 
 def image_names(folder: Path) -> list[str]:
-    """The names of the images in `folder`, sorted."""
-    return sorted(e.name for e in os.scandir(folder) if os.path.splitext(e.name)[1].lower() in EXTENSIONS)
+    """The names of the images in `folder`, sorted; hidden files, such as macOS's ``._1.jpg``, are none."""
+    names = (entry.name for entry in os.scandir(folder))
+    return sorted(n for n in names if os.path.splitext(n)[1].lower() in EXTENSIONS and not n.startswith("."))
 
 
 def scan_folder(root: Path, name: str, classes: tuple[str, ...]) -> Samples:

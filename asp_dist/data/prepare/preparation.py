@@ -19,7 +19,7 @@ from asp_dist.data.prepare.digits import prepare_digits
 from asp_dist.data.prepare.imagenet import check_sums, open_archives
 from asp_dist.data.prepare.progress import progress_bar
 from asp_dist.data.samples import Samples
-from asp_dist.errors import UserError
+from asp_dist.errors import UserError, check
 from asp_dist.files import write_bytes, write_text
 
 Target = Literal["digits", "cifar10", "cifar100", "imagenet", "manifest", "shards"]
@@ -56,6 +56,7 @@ def prepare(
     Raises:
         UserError: no, a wrong or an incomplete `source`; a `target` that contains something else.
     """
+    check(per_shard >= 1, f"--per-shard {per_shard}: give at least one image per shard")
     target = Path(target)
     bar = functools.partial(progress_bar, enabled=progress)
     if dataset == "digits":
