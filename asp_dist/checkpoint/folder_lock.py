@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -118,8 +118,8 @@ def _flock(file: IO[str]) -> bool:
     return True
 
 
-def _wait(take: Any, folder: Path, wait_s: float, owner: Any) -> None:
-    """Call `take` until it returns True, for `wait_s` seconds."""
+def _wait(take: Callable[[], bool], folder: Path, wait_s: float, owner: Callable[[], str]) -> None:
+    """Call `take` until it returns True, for `wait_s` seconds; `owner` says who has the folder, in words."""
     begin = time.monotonic()
     told = False
     while not take():

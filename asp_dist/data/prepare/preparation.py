@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +25,7 @@ from asp_dist.files import write_bytes, write_text
 
 Target = Literal["digits", "cifar10", "cifar100", "imagenet", "manifest", "shards"]
 Layout = Literal["folder", "shards"]
+Bar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]  # title and total to ``advance``
 
 
 def prepare(
@@ -82,6 +84,7 @@ def _prepare_from(
     checksums: bool,
     bar: Any,
 ) -> None:
+    """Write, or go on writing, what comes from `source`."""
     sharded = dataset == "shards" or (dataset == "imagenet" and layout == "shards")
     wanted = {"dataset": dataset, "layout": "shards" if sharded else "folder", "per_shard": per_shard if sharded else None}
     _check_record(target, wanted)
@@ -89,7 +92,7 @@ def _prepare_from(
         return
     if dataset in LAYOUTS:
 
-        def begin(title: str, total: int) -> Any:
+        def begin(title: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
             _keep_record(target, wanted)
             return bar(title, total)
 
