@@ -1,9 +1,10 @@
-"""Files that appear under their name only when they are complete, and work that is tried again."""
+"""Files that appear under their name only when they are complete, and work that is tried again, or done every now and then."""
 
 from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -69,6 +70,24 @@ def sync(path: Path) -> None:
         os.fsync(number)
     finally:
         os.close(number)
+
+
+@contextmanager
+def repeating(work: Callable[[], None], every_s: float, name: str) -> Iterator[None]:
+    """Do `work` every `every_s` seconds, in a thread called `name`, while the context lasts."""
+    done = threading.Event()
+
+    def repeat() -> None:
+        while not done.wait(every_s):
+            work()
+
+    thread = threading.Thread(target=repeat, name=name, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def retry(work: Callable[[], T], waits: tuple[float, ...], what: str) -> T:

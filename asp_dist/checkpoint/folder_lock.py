@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import itertools
 import json
 import logging
 import os
 import socket
 import sys
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from asp_dist.errors import UserError, may_pass
-from asp_dist.files import write_text
+from asp_dist.files import repeating, write_text
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +40,17 @@ class FolderBusy(OSError):  # noqa: N818
 
 
 @contextmanager
+def writing_to(folder: Path) -> Iterator[None]:
+    """Make it the user's mistake if the output folder cannot be written, unless that may pass."""
+    try:
+        yield
+    except OSError as error:
+        if may_pass(error):
+            raise
+        raise UserError(f"output folder {folder} cannot be written: {error.strerror or error}") from error
+
+
+@contextmanager
 def hold_folder(folder: Path, wait_s: float = START_WAIT_S) -> Iterator[None]:
     """Hold the lock of a run's folder; a process that ends in any way lets go of it.
 
@@ -52,13 +63,9 @@ def hold_folder(folder: Path, wait_s: float = START_WAIT_S) -> Iterator[None]:
         UserError: the folder cannot be written.
         OSError: the file system does not answer.
     """
-    try:
+    with writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
         opened = (folder / LOCK_FILE).open("a+")
-    except OSError as error:
-        if may_pass(error):
-            raise
-        raise UserError(f"output folder {folder} cannot be written: {error.strerror or error}") from error
     with opened as file:
         try:
             _wait(lambda: _flock(file), folder, wait_s, lambda: _owner(file))
@@ -135,7 +142,7 @@ def _wait(take: Callable[[], bool], folder: Path, wait_s: float, owner: Callable
 @contextmanager
 def _lease(folder: Path, wait_s: float) -> Iterator[None]:
     """Hold the folder by a file that is written again and again; its clock is this process's own, never another machine's."""
-    path, me = folder / LEASE_FILE, uuid.uuid4().hex
+    path, me, beats = folder / LEASE_FILE, uuid.uuid4().hex, itertools.count()
     seen: tuple[str, float] = ("", time.monotonic())
 
     def text() -> str:
@@ -150,29 +157,21 @@ def _lease(folder: Path, wait_s: float) -> Iterator[None]:
             seen = (now, time.monotonic())
         if now and time.monotonic() - seen[1] < SILENCE_S:
             return False
-        beat(0)
+        beat()
         time.sleep(1.0)  # two may have found it silent at once: the last one to write has it
         return json.loads(text() or "{}").get("id") == me
 
-    def beat(number: int) -> None:
-        write_text(path, json.dumps({**_me(), "id": me, "beat": number}), durable=False)
+    def beat() -> None:
+        write_text(path, json.dumps({**_me(), "id": me, "beat": next(beats)}), durable=False)
+
+    def keep() -> None:
+        with suppress(OSError):
+            beat()
 
     # A silent owner is found out after a while only: no shorter wait would ever take a dead one's place.
     _wait(take, folder, max(wait_s, SILENCE_S + 5.0), lambda: _words(text()))
-    done = threading.Event()
-
-    def keep() -> None:
-        number = 0
-        while not done.wait(BEAT_S):
-            number += 1
-            with suppress(OSError):
-                beat(number)
-
-    thread = threading.Thread(target=keep, name="lease", daemon=True)
-    thread.start()
     try:
-        yield
+        with repeating(keep, BEAT_S, "lease"):
+            yield
     finally:
-        done.set()
-        thread.join()
         path.unlink(missing_ok=True)

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from asp_dist import __version__
+from asp_dist.checkpoint.folder_lock import writing_to
 from asp_dist.config import Config, check_fixed, check_names, config_hash, differences, from_dict, is_among, to_dict
 from asp_dist.errors import UserError, may_pass
 from asp_dist.files import write_text
@@ -86,7 +87,7 @@ def claim_run_dir(config: Config) -> dict[str, Any]:
     """
     folder = run_dir(config)
     identity = check_run_dir(config)
-    try:
+    with writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
         if identity is None:
             identity = {"id": uuid.uuid4().hex[:12], "asp_dist": __version__, "places": []}
@@ -95,10 +96,6 @@ def claim_run_dir(config: Config) -> dict[str, Any]:
             write_text(folder / IDENTITY_FILE, json.dumps(identity, indent=1))
         if not (folder / CONFIG_FILE).is_file():
             store_config(config)
-    except OSError as error:
-        if may_pass(error):
-            raise
-        raise UserError(f"output folder {folder} cannot be written: {error.strerror or error}") from error
     return identity
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json as json_
 import os
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from jsonargparse import ArgumentParser
 
 from asp_dist.config import Config
+from asp_dist.files import repeating
 from asp_dist.tracking.schema import METRICS_FILE
 
 if TYPE_CHECKING:
@@ -88,22 +88,17 @@ def _following(path: Path, console: Console) -> Iterator[None]:
     """Show the rows of a metrics file while they come."""
     from asp_dist.tracking import Tail
 
-    tail, done = Tail(path, from_end=True), threading.Event()
+    tail = Tail(path, from_end=True)
 
-    def follow() -> None:
-        while not done.wait(0.3):
-            for row in tail.read():
-                console.update(row)
-
-    thread = threading.Thread(target=follow, name="console", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
+    def show() -> None:
         for row in tail.read():
             console.update(row)
+
+    try:
+        with repeating(show, 0.3, "console"):
+            yield
+    finally:
+        show()
 
 
 def _show_results(config: Config, summary: dict[str, Any], *, quiet: bool, as_json: bool) -> None:

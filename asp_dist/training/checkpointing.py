@@ -41,7 +41,9 @@ RECORD = (
     *(METRICS_FILE, dropped_name(METRICS_FILE), LAYERS_HISTORY_FILE, dropped_name(LAYERS_HISTORY_FILE)),
     *("wandb_id", IDENTITY_FILE, CONFIG_FILE),
 )
-RESULTS = (*RECORD, LAYERS_FILE, REPORT_FILE, MODEL_FILE, SUMMARY_FILE)
+# What the trackers may still add to when a run ends, and what is the same from then on.
+GROWING = (*RECORD, LAYERS_FILE, REPORT_FILE)
+RESULTS = (*GROWING, MODEL_FILE, SUMMARY_FILE)
 
 
 def build_checkpoint_manager(config: Config, identity: str) -> CheckpointManager:
@@ -109,13 +111,16 @@ def check_identity(config: Config, mirror: Mirror) -> None:
         )
 
 
-def send_results(run: Run) -> None:
-    """Copy the run's results to ``output.storage``; on rank 0. A failure is logged: the results are in the run's folder too."""
+def send_results(run: Run, names: tuple[str, ...] = RESULTS) -> None:
+    """Copy the run's results, or some of them, to ``output.storage``; on rank 0.
+
+    A failure is logged: the results are in the run's folder too.
+    """
     mirror = build_mirror(run.config)
     if mirror is None:
         return
     try:
-        mirror.send(RESULTS)
+        mirror.send(names)
     except OSError as error:
         log_events(run, [Event(WARNING, f"results not copied to {run.config.output.storage}: {error}")])
 

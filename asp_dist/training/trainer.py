@@ -92,7 +92,7 @@ def _train(config: Config, world: World, hooks: Hooks) -> dict[str, Any]:
         run.tracker.finish({} if code else summary, exit_code=code)
         if world.is_main and not code:
             run.hooks.finished(run.folder)
-            checkpointing.send_results(run)
+            checkpointing.send_results(run, checkpointing.GROWING)
         run.loaders.close()
 
 

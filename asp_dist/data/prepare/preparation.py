@@ -70,7 +70,7 @@ def prepare(
     elif not Path(source).exists():
         raise UserError(f"--source {source}: there is no such file or folder")
     else:
-        _prepare_from(dataset, target, Path(source), layout, per_shard, allow_incomplete, checksums, bar)
+        return _prepare_from(dataset, target, Path(source), layout, per_shard, allow_incomplete, checksums, bar)
     return inspect_data(DataConfig(root=str(target)))
 
 
@@ -82,14 +82,14 @@ def _prepare_from(
     per_shard: int,
     allow_incomplete: bool,
     checksums: bool,
-    bar: Any,
-) -> None:
-    """Write, or go on writing, what comes from `source`."""
+    bar: Bar,
+) -> DataInfo:
+    """Write, or go on writing, what comes from `source`; returns its contents."""
     sharded = dataset == "shards" or (dataset == "imagenet" and layout == "shards")
     wanted = {"dataset": dataset, "layout": "shards" if sharded else "folder", "per_shard": per_shard if sharded else None}
     _check_record(target, wanted)
     if (target / CLASSES).is_file():  # complete: it is written last
-        return
+        return inspect_data(DataConfig(root=str(target)))
     if dataset in LAYOUTS:
 
         def begin(title: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
@@ -97,7 +97,7 @@ def _prepare_from(
             return bar(title, total)
 
         write_classes(target, *prepare_cifar(dataset, target, source, begin))
-        return
+        return inspect_data(DataConfig(root=str(target)))
     if dataset == "imagenet":
         if checksums:
             check_sums(source)
@@ -123,6 +123,7 @@ def _prepare_from(
                 f"{target} has {counts[split]:,} images in {split} now, and {source} has {len(samples):,}: something else had "
                 "been written there before. Remove it, or give another --target"
             )
+    return info
 
 
 def _keep_record(target: Path, wanted: dict[str, Any]) -> None:
