@@ -135,7 +135,7 @@ def status(job: str, cluster: Cluster, out: TextIO | None = None) -> int:
     return exit_code(client, job, out) if state.is_terminal() else 0
 
 
-def stop(job: str, cluster: Cluster, out: TextIO | None = None, *, timeout_s: float = 120.0) -> int:
+def stop(job: str, cluster: Cluster, out: TextIO | None = None, *, timeout_s: float = 300.0) -> int:
     """Stop a job and wait until it has ended; its run resumes from its latest checkpoint when submitted again.
 
     Raises:
