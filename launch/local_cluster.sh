@@ -48,7 +48,7 @@ start() {
     export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$STATE/token
     export RAY_USAGE_STATS_ENABLED=0 RAY_worker_niceness=0 ASP_DIST_CLUSTER=$STATE
     # A job that is stopped has this long to finish its step and save a checkpoint.
-    export RAY_JOB_STOP_WAIT_TIME_S=${RAY_JOB_STOP_WAIT_TIME_S:-60}
+    export RAY_JOB_STOP_WAIT_TIME_S=${RAY_JOB_STOP_WAIT_TIME_S:-240}
     # Port 0: any free one. All nodes are on this machine, where Ray's fixed default would leave all but one without an agent.
     local common=(--object-store-memory 134217728 --disable-usage-stats --dashboard-agent-listen-port 0)
     # The head runs no workers; jobs' drivers and the dashboard run there.

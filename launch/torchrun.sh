@@ -24,5 +24,5 @@ if ((${NODES:-1} > 1)); then
     place=(--nnodes "$NODES" --node-rank "${NODE_RANK:?0 on the first machine, 1 on the next, ...}"
         --rdzv-backend c10d --rdzv-id asp-dist --rdzv-endpoint "${HEAD:?the address of the first machine}:${PORT:-29400}")
 fi
-exec .venv/bin/torchrun "${place[@]}" --nproc-per-node "$workers" --max-restarts "${RESTARTS:-3}" \
+exec .venv/bin/torchrun "${place[@]}" --nproc-per-node "$workers" --max-restarts "${RESTARTS:-3}" --shutdown-timeout 300 \
     -m asp_dist train "$@"

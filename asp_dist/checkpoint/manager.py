@@ -23,6 +23,9 @@ from asp_dist.errors import UserError
 from asp_dist.files import retry
 from asp_dist.tracking.schema import WARNING
 
+# How long training waits for the previous checkpoint, which a storage may hang over, before it leaves one out.
+BUSY_WAIT_S = 60.0
+
 
 @dataclass(frozen=True)
 class Event:
@@ -85,7 +88,8 @@ class CheckpointManager:
         run: identity of the run; checkpoints of others are not used.
         keep: how many of the latest to keep, besides the best.
         waits: seconds before each retry of a failed write; training continues meanwhile.
-        saved: called in the background after each checkpoint.
+        saved: called in the background after each checkpoint, and tried again like a write.
+        written: called in the background with the step of each checkpoint.
     """
 
     def __init__(
@@ -96,12 +100,16 @@ class CheckpointManager:
         *,
         waits: tuple[float, ...] = (),
         saved: Callable[[], None] | None = None,
+        written: Callable[[int], None] | None = None,
     ) -> None:
         self.store = store
         self.run = run
         self.keep = keep
         self.waits = waits
         self.saved = saved
+        self.written = written
+        self._writing = 0
+        self._hangs = False
         self._staging = Staging()
         self._thread: threading.Thread | None = None
         self._events: list[Event] = []
@@ -111,20 +119,37 @@ class CheckpointManager:
         """Seconds since the last save, or since the start."""
         return time.monotonic() - self._saved_at
 
+    def busy(self) -> bool:
+        """Whether a checkpoint is still being written."""
+        return self._thread is not None and self._thread.is_alive()
+
     def save(self, manifest: Manifest, state: dict[str, Any]) -> None:
-        """Copy `state` and write it in the background. Blocks until the previous checkpoint is written."""
-        self.wait()
-        self._saved_at = time.monotonic()
+        """Copy `state` and write it in the background, after the previous checkpoint.
+
+        Where that one hangs for more than `BUSY_WAIT_S` seconds, this one is left out, with a warning.
+        """
+        if not self.wait(0.0 if self._hangs else BUSY_WAIT_S):
+            if not self._hangs:
+                minutes = self.seconds_since_save() / 60
+                text = f"the checkpoint of step {self._writing} is still being written after {minutes:.0f} min: others wait for it"
+                self._events.append(Event(WARNING, text))
+            self._hangs = True
+            return
+        self._hangs = False
+        self._saved_at, self._writing = time.monotonic(), manifest.step
         plain, parts = split_state(state)
         copies = self._staging.copy(parts)
         self._thread = threading.Thread(target=self._write, args=(manifest, plain, copies), name="checkpoint")
         self._thread.start()
 
-    def wait(self) -> None:
-        """Block until nothing is being written."""
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Block until nothing is being written, `timeout_s` seconds at most; returns whether nothing is."""
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(timeout_s)
+            if self._thread.is_alive():
+                return False
             self._thread = None
+        return True
 
     def events(self) -> list[Event]:
         """What happened since the last call: checkpoints written, or failed with the reason."""
@@ -203,6 +228,8 @@ class CheckpointManager:
                 f"saving step {manifest.step}",
             )
             self._events.append(Event("checkpoint", f"saved {self.store.where(name)}"))
+            if self.written is not None:
+                self.written(manifest.step)
             self._forget_old(name)
             if self.saved is not None:
                 retry(self.saved, self.waits, "copying the record")

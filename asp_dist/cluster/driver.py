@@ -19,7 +19,7 @@ from asp_dist.checkpoint.record import run_dir, with_absolute_paths
 from asp_dist.cluster import user_keys
 from asp_dist.cluster.failures import ClusterError, FailureLog, describe, event, fatal_error, one_line, repeated
 from asp_dist.cluster.launch_files import LaunchFiles
-from asp_dist.cluster.ray_private import ClusterTrainer
+from asp_dist.cluster.ray_private import ClusterTrainer, SaveBeforeResize
 from asp_dist.cluster.resources import Resources, check_storage, plan_resources, this_machine
 from asp_dist.cluster.session import address_of, ray_session
 from asp_dist.cluster.signals import Signals
@@ -27,7 +27,7 @@ from asp_dist.cluster.worker import ClusterTorchConfig, Job, TrainFunction, trai
 from asp_dist.config import Config
 from asp_dist.tracking import Tail
 from asp_dist.tracking.schema import METRICS_FILE
-from asp_dist.training.hooks import Stopped
+from asp_dist.training.hooks import PREEMPTION, RESIZE, Stopped
 
 OnRow = Callable[[dict[str, Any]], None]
 POLL_S = 0.3
@@ -44,8 +44,9 @@ def run(config: Config, on_row: OnRow | None = None, *, train: TrainFunction | N
 
     Raises:
         UserError: the cluster is missing or too small, a node does not see the data, or a worker found a mistake.
-        Stopped: SIGTERM, SIGINT or a preemption ended the run after a checkpoint.
-        ClusterError: the workers failed more than ``cluster.max_failures`` times, or in a way that would repeat.
+        Stopped: SIGTERM or SIGINT ended the run after a checkpoint.
+        ClusterError: the workers failed more than ``cluster.max_failures`` times without getting further in between, or in a
+            way that would repeat.
         KeyboardInterrupt: a second SIGINT.
     """
     # The workers have another working directory.
@@ -55,12 +56,13 @@ def run(config: Config, on_row: OnRow | None = None, *, train: TrainFunction | N
         if address_of(config.cluster) == "local":
             plan_resources(config, [this_machine()], local=True)  # fails before anything starts
         launch = _Launch(config, signals, on_row or (lambda row: None), train)
-        failures = 0
+        failures, reached = 0, 0
         while True:
             try:
                 return launch.run()
             except RayActorError as error:  # Ray Train's controller died; a new session leaves nothing of it behind
-                failures += 1
+                failures = 1 if launch.step > reached else failures + 1
+                reached = max(reached, launch.step)
                 if 0 <= config.cluster.max_failures < failures:
                     raise ClusterError(f"Ray Train's controller died {failures} times: {one_line(error)}") from error
                 launch.on_row(event("Ray Train's controller died; starting another", launch.step))
@@ -76,12 +78,16 @@ class _Launch:
         self.train = train
         self.log = str(run_dir(config) / "logs")
         self.step = 0
+        self.fits = 0
         self.causes: set[tuple[str, int]] = set()
         self.repeated: ClusterError | None = None
 
     def run(self) -> dict[str, Any]:
-        """Connect to Ray, check that the run fits, train, and return rank 0's summary."""
-        with ExitStack() as after_ray, ray_session(self.config.cluster) as local:
+        """Connect to Ray, check that the run fits, train, and return rank 0's summary.
+
+        Where machines that were announced to go away ended the workers, after a checkpoint, others go on.
+        """
+        with ExitStack() as after_ray, ray_session(self.config.cluster) as local, ExitStack() as after_fit:
             self.signals.install()  # ray.init has set a SIGTERM handler of its own
             user_keys.take()
             needed = plan_resources(self.config, ray.nodes(), local=local)
@@ -90,7 +96,13 @@ class _Launch:
             check_storage(self.config, files, ray.nodes(), needed)
             self.signals.connect(files)
             self._say_sizes(needed)
+            after_fit.callback(files.forget)
             outcome = self._fit(files, needed)
+            while outcome.get("stopped", [None])[0] in (PREEMPTION, RESIZE):
+                reason, step = outcome["stopped"]
+                self.on_row({**event(f"{reason}: saved at step {step}; others go on", step), "event": "workers"})
+                files.withdraw_resize()
+                outcome = self._fit(files, needed)
         if "stopped" in outcome:
             raise Stopped(*outcome["stopped"])
         if "fatal" in outcome:
@@ -173,18 +185,20 @@ class _Launch:
                 resources_per_worker=needed.per_worker(),
             ),
             run_config=RunConfig(
-                name=f"ray-{files.launch}",
+                name=f"ray-{files.launch}-{self.fits}",
                 storage_path=str(files.folder),
                 failure_config=FailureConfig(
                     max_failures=cluster.max_failures,
                     # A group that cannot start waits for a node to come back: ten minutes, or as long as a collective would.
                     controller_failure_limit=max(10, math.ceil(cluster.timeout_s / GROUP_START_S)),
                 ),
-                callbacks=[FailureLog(files)],
+                callbacks=[FailureLog(files), SaveBeforeResize(files.request_resize, files.withdraw_resize)],
                 worker_runtime_env={"env_vars": environment} if environment else None,
             ),
         )
         trainer.sizes = needed.sizes if elastic else ()
+        trainer.progress = files.progress
+        self.fits += 1
         return trainer
 
     def _explain(self, error: Exception) -> Exception:
@@ -193,8 +207,8 @@ class _Launch:
         if isinstance(error, WorkerGroupError):
             limit = self.config.cluster.max_failures
             return ClusterError(
-                f"the workers failed more often than cluster.max_failures = {limit} allows; the last time, "
-                f"{describe(error.worker_failures)} (logs: {self.log})",
+                f"the workers failed more often than cluster.max_failures = {limit} allows without getting further; the last "
+                f"time, {describe(error.worker_failures)} (logs: {self.log})",
                 str(error),
             )
         cause = getattr(error, "controller_failure", error)

@@ -1,10 +1,12 @@
 """The files through which the driver and the workers of a run talk, in the run directory that all of them see.
 
-    RUN_DIR/cluster/LAUNCH/stop      why the run should stop; the driver writes it, the workers poll it
+    RUN_DIR/cluster/LAUNCH/stop      why the run should stop; the driver writes it, rank 0 polls it
     RUN_DIR/cluster/LAUNCH/fatal     an error that a restart would only repeat; a worker writes it
+    RUN_DIR/cluster/LAUNCH/progress  the step of the last checkpoint; rank 0 writes it, Ray Train's controller reads it
     RUN_DIR/cluster/LAUNCH/failures  one line per failed worker group, written where Ray Train's controller runs
 
-LAUNCH identifies the driver's launch. The folder is removed at the end; a killed driver's one by the next launch.
+A network file system may show a file a minute late: the first three travel through the memory of Ray's head as well. LAUNCH
+identifies the driver's launch. The folder is removed at the end; a killed driver's one by the next launch.
 """
 
 from __future__ import annotations
@@ -18,9 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from asp_dist.checkpoint.folder_lock import hold_folder
+from asp_dist.cluster.ray_private import forget_word, get_word, put_word
 from asp_dist.errors import UserError
 from asp_dist.files import write_text
+from asp_dist.training.hooks import RESIZE
 
+WORDS = ("stop", "fatal", "progress")
 END_WAIT_S = 15.0  # a cluster takes some seconds to end a lost driver's workers
 
 
@@ -57,7 +62,7 @@ class LaunchFiles:
         return files
 
     def end(self) -> None:
-        """Remove the launch files, once the workers are gone."""
+        """Remove the launch files, once the workers are gone. Their words in Ray's memory: see `forget`."""
         self._sweep(END_WAIT_S)
         shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -70,26 +75,66 @@ class LaunchFiles:
         """Whether this process sees the folder that the driver made."""
         return self.folder.is_dir()
 
+    def forget(self) -> None:
+        """Remove what Ray's memory holds of this launch; call it while connected to Ray."""
+        for name in WORDS:
+            forget_word(self._word(name))
+
     def request_stop(self, reason: str) -> None:
         """Ask all workers to finish their step, save a checkpoint and end."""
-        write_text(self.folder / "stop", reason, durable=False)
+        self._tell("stop", reason)
 
     def stop_reason(self) -> str | None:
         """What `request_stop` was given, or None."""
-        try:
-            return (self.folder / "stop").read_text() or None
-        except OSError:
-            return None
+        return self._told("stop")
+
+    def request_resize(self) -> None:
+        """Ask all workers to save a checkpoint and end, so that another number of them can go on; a stop comes first."""
+        if self.stop_reason() is None:
+            self.request_stop(RESIZE)
+
+    def withdraw_resize(self) -> None:
+        """Take `request_resize` back."""
+        if self.stop_reason() == RESIZE:
+            forget_word(self._word("stop"))
+            with suppress(OSError):
+                (self.folder / "stop").unlink(missing_ok=True)
 
     def write_fatal(self, record: dict[str, Any]) -> None:
         """Record an error that ends the run; the first one stays."""
         if self.fatal() is None:
-            write_text(self.folder / "fatal", json.dumps(record), durable=False)
+            self._tell("fatal", json.dumps(record))
 
     def fatal(self) -> dict[str, Any] | None:
         """The recorded error that ends the run, or None."""
-        try:
-            record: dict[str, Any] = json.loads((self.folder / "fatal").read_text())
-        except OSError:
-            return None
+        text = self._told("fatal")
+        record: dict[str, Any] | None = None if text is None else json.loads(text)
         return record
+
+    def write_progress(self, step: int) -> None:
+        """Record the step of a checkpoint."""
+        self._tell("progress", str(step))
+
+    def progress(self) -> int:
+        """The step that `write_progress` was given last, or 0."""
+        return int(self._told("progress") or 0)
+
+    def _word(self, name: str) -> str:
+        return f"asp_dist/{self.launch}/{name}"
+
+    def _tell(self, name: str, text: str) -> None:
+        told = put_word(self._word(name), text)
+        try:
+            write_text(self.folder / name, text, durable=False)
+        except OSError:
+            if not told:
+                raise
+
+    def _told(self, name: str) -> str | None:
+        text = get_word(self._word(name))
+        if text is None:
+            try:
+                text = (self.folder / name).read_text() or None
+            except OSError:
+                return None
+        return text

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import ray
 from ray._private import services, worker
 from ray._private.utils import get_num_cpus
-from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get
-from ray.train import ScalingConfig
+from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_initialized, _internal_kv_put
+from ray.train import FailureConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.train.torch.config import _TorchBackend as TorchBackend
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
+from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 
 if TYPE_CHECKING:
@@ -22,16 +25,23 @@ if TYPE_CHECKING:
 __all__ = [
     "ClusterTrainer",
     "DividingScalingPolicy",
+    "PatientFailurePolicy",
+    "SaveBeforeResize",
     "TorchBackend",
     "find_cluster",
+    "forget_word",
     "get_num_cpus",
+    "get_word",
     "preempted",
     "put_in_head_memory",
+    "put_word",
     "quiet_raylet",
     "take_from_head_memory",
 ]
 
 logger = logging.getLogger(__name__)
+SAVE_WAIT_S = 300.0
+SAVE_POLL_S = 0.5
 
 
 class DividingScalingPolicy(ElasticScalingPolicy):
@@ -53,6 +63,65 @@ class DividingScalingPolicy(ElasticScalingPolicy):
         return max((size for size in self.sizes if size <= offered), default=0)
 
 
+class PatientFailurePolicy(DefaultFailurePolicy):
+    """Ray Train's failure policy, which counts failures since the run last got further. Lives in Ray Train's controller.
+
+    Args:
+        failure_config: Ray's own.
+        progress: tells how far the run has ever got, in steps.
+    """
+
+    def __init__(self, failure_config: FailureConfig, progress: Callable[[], int]) -> None:
+        super().__init__(failure_config)
+        self.progress = progress
+        self._reached = 0
+
+    def make_decision(self, training_failed_error: Any) -> Any:
+        """Restart or give up."""
+        reached = self.progress()
+        if reached > self._reached:
+            self._reached = reached
+            self._worker_group_failures = self._controller_failures = 0
+        return super().make_decision(training_failed_error)
+
+
+class SaveBeforeResize(ControllerCallback, WorkerGroupCallback):
+    """Lets the workers save a checkpoint and end before their group gets another size. Lives in Ray Train's controller.
+
+    Args:
+        request: asks the workers for it.
+        withdraw: takes the request back.
+    """
+
+    def __init__(self, request: Callable[[], None], withdraw: Callable[[], None]) -> None:
+        self._request = request
+        self._withdraw = withdraw
+        self._group: Any = None
+
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        """Remember the group that trains."""
+        self._group = worker_group
+
+    def after_worker_group_shutdown(self, worker_group_context: Any) -> None:
+        """Forget it."""
+        self._group = None
+
+    def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
+        """Wait until a group that trains has saved; one that has failed, or a first one, has nothing to save."""
+        group = self._group
+        status = None if group is None else group.get_latest_poll_status()
+        if status is None or status.errors or status.finished:
+            return
+        self._request()
+        deadline = time.monotonic() + SAVE_WAIT_S
+        try:
+            while time.monotonic() < deadline and not (status.errors or status.finished):
+                time.sleep(SAVE_POLL_S)
+                status = group.poll_status(timeout=SAVE_WAIT_S)
+        finally:
+            self._withdraw()
+
+
 class ClusterTrainer(TorchTrainer):
     """Ray Train's trainer, which leaves SIGINT to this project and can be ended from another thread.
 
@@ -60,10 +129,12 @@ class ClusterTrainer(TorchTrainer):
 
     Attributes:
         sizes: the sizes that an elastic group may have; empty: a group of fixed size.
+        progress: see `PatientFailurePolicy`; None: failures count over the whole run.
     """
 
     _controller: Any = None
     sizes: Sequence[int] = ()
+    progress: Callable[[], int] | None = None
 
     def _create_default_callbacks(self) -> list[Any]:
         return [c for c in super()._create_default_callbacks() if not isinstance(c, DatasetsCallback)]
@@ -71,6 +142,8 @@ class ClusterTrainer(TorchTrainer):
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
         if self.sizes:
             arguments["scaling_policy"] = DividingScalingPolicy(self.scaling_config, self.sizes)
+        if self.progress is not None:
+            arguments["failure_policy"] = PatientFailurePolicy(self.run_config.failure_config, self.progress)
         return super()._initialize_and_run_controller(**arguments)
 
     def _register_sigint_handler(self, controller: Any) -> None:
@@ -122,3 +195,34 @@ def take_from_head_memory(place: str) -> bytes | None:
     if stored is not None:
         _internal_kv_del(place)
     return stored
+
+
+def put_word(name: str, text: str) -> bool:
+    """Store `text` under `name` in the memory of the cluster's head, for all its processes; returns whether that worked."""
+    try:
+        if not _internal_kv_initialized():
+            return False
+        _internal_kv_put(name, text, overwrite=True)
+    except Exception as error:  # Ray raises plain ones here
+        logger.warning("Ray did not take %s: %s", name, error)
+        return False
+    return True
+
+
+def get_word(name: str) -> str | None:
+    """What `put_word` stored; None: nothing, or Ray does not answer."""
+    try:
+        stored = _internal_kv_get(name) if _internal_kv_initialized() else None
+    except Exception as error:
+        logger.warning("Ray did not answer for %s: %s", name, error)
+        return None
+    return None if stored is None else stored.decode()
+
+
+def forget_word(name: str) -> None:
+    """Remove what `put_word` stored."""
+    try:
+        if _internal_kv_initialized():
+            _internal_kv_del(name)
+    except Exception as error:
+        logger.warning("Ray did not remove %s: %s", name, error)

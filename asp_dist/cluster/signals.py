@@ -46,6 +46,6 @@ class Signals:
         if name == self._reason == "SIGINT":
             raise KeyboardInterrupt
         self._reason = name
-        if self._files is not None:
-            self._files.request_stop(name)
+        if self._files is not None:  # not here: a storage that hangs would hold the signal back
+            threading.Thread(target=self._files.request_stop, args=(name,), name="stop", daemon=True).start()
         print(f"{name}: saving a checkpoint, then stopping; a second SIGINT stops at once", file=sys.stderr, flush=True)

@@ -7,10 +7,9 @@ import logging
 import os
 import socket
 import struct
-import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,8 @@ from asp_dist.cluster.launch_files import LaunchFiles
 from asp_dist.cluster.ray_private import TorchBackend, preempted
 from asp_dist.config import Config
 from asp_dist.errors import UserError
-from asp_dist.training.hooks import Hooks, Stopped
+from asp_dist.files import repeating
+from asp_dist.training.hooks import PREEMPTION, Hooks, Stopped
 from asp_dist.training.world import World
 
 TrainFunction = Callable[[Config, World, Hooks], dict[str, Any]]
@@ -53,13 +53,12 @@ class Job:
 
 
 class RayHooks(Hooks):
-    """Reports to Ray Train's controller, and polls the driver's stop file and Ray's preemption notices."""
+    """Reports to Ray Train's controller, and hears of the driver's requests and Ray's preemption notices."""
 
     folder_wait_s = RESTART_WAIT_S  # the group before may have lost its machine
 
     def __init__(self, files: LaunchFiles) -> None:
         self._files = files
-        self._next_poll = 0.0
         self._reason: str | None = None
 
     def report(self, metrics: dict[str, Any]) -> None:
@@ -67,19 +66,29 @@ class RayHooks(Hooks):
         plain = {k: v if isinstance(v, (str, bool)) else float(v) for k, v in metrics.items() if v is not None}
         ray.train.report(plain)
 
+    def saved(self, step: int) -> None:
+        """Tell Ray Train's controller, who counts failures from there."""
+        self._files.write_progress(step)
+
     def finished(self, run_dir: Path) -> None:
         """Write the report."""
         from asp_dist.report import try_report  # not before: the driver's process has no need of it
 
         try_report(run_dir)
 
+    def listening(self) -> AbstractContextManager[None]:
+        """Poll for the driver's requests, in a thread that a slow storage may hold up, while the context lasts.
+
+        On one rank: the ranks tell each other at every step.
+        """
+        return repeating(self._poll, POLL_S, "stop")
+
+    def _poll(self) -> None:
+        self._reason = self._files.stop_reason()
+
     def stop_requested(self) -> str | None:
-        """The driver's reason, or ``preemption``; looked up twice a second at most."""
-        now = time.monotonic()
-        if self._reason is None and now >= self._next_poll:
-            self._next_poll = now + POLL_S
-            self._reason = self._files.stop_reason() or ("preemption" if preempted() else None)
-        return self._reason
+        """The driver's reason, if this rank listens, or ``preemption``."""
+        return self._reason or (PREEMPTION if preempted() else None)
 
 
 def train_loop_per_worker(job: Job) -> dict[str, Any]:
@@ -102,11 +111,11 @@ def train_loop_per_worker(job: Job) -> dict[str, Any]:
     with ExitStack() as stack:
         stack.enter_context(_log_file(job.files.run_dir, world.rank))
         try:
-            train = job.train or _default_train()
-            return {"summary": train(job.config, world, RayHooks(job.files))}
+            train, hooks = job.train or _default_train(), RayHooks(job.files)
+            if world.is_main:
+                stack.enter_context(hooks.listening())
+            return {"summary": train(job.config, world, hooks)}
         except Stopped as stopped:
-            if stopped.reason == "preemption":
-                raise  # the controller restarts the group on the nodes that stay
             return {"stopped": [stopped.reason, stopped.step]}
         except FATAL as error:
             job.files.write_fatal(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from asp_dist.checkpoint.format import Manifest, versions
@@ -46,13 +46,13 @@ GROWING = (*RECORD, LAYERS_FILE, REPORT_FILE)
 RESULTS = (*GROWING, MODEL_FILE, SUMMARY_FILE)
 
 
-def build_checkpoint_manager(config: Config, identity: str) -> CheckpointManager:
-    """the manager of the run's checkpoints, in its folder or in ``output.storage``."""
+def build_checkpoint_manager(config: Config, identity: str, written: Callable[[int], None] | None = None) -> CheckpointManager:
+    """The manager of the run's checkpoints, in its folder or in ``output.storage``; `written` learns each one's step."""
     mirror = build_mirror(config)
-    store = build_store(config, config.output.storage)
+    store, keep = build_store(config, config.output.storage), config.output.keep
     if mirror is None:
-        return CheckpointManager(store, identity, config.output.keep)
-    return CheckpointManager(store, identity, config.output.keep, waits=WAITS_S, saved=lambda: mirror.send(RECORD))
+        return CheckpointManager(store, identity, keep, written=written)
+    return CheckpointManager(store, identity, keep, waits=WAITS_S, saved=lambda: mirror.send(RECORD), written=written)
 
 
 def build_store(config: Config, storage: str | None) -> Store:
@@ -146,8 +146,9 @@ def due(run: Run) -> bool:
     output = run.config.output
     by_steps = output.checkpoint_steps is not None and (run.step + 1) % output.checkpoint_steps == 0
     minutes = output.checkpoint_minutes
-    by_time = run.world.is_main and minutes is not None and run.checkpoints.seconds_since_save() >= 60.0 * minutes
-    return by_steps or by_time
+    if by_steps or minutes is None or not run.world.is_main or run.checkpoints.seconds_since_save() < 60.0 * minutes:
+        return by_steps
+    return not run.checkpoints.busy()
 
 
 def save(run: Run, *, best: bool = False) -> None:

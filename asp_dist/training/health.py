@@ -12,13 +12,13 @@ from torch.distributed.tensor import DTensor
 from asp_dist.pruning.names import ALLOCATION_AT_BOUNDS, LayerRow
 from asp_dist.tracking.schema import EVENT
 from asp_dist.training.build import FUSED
-from asp_dist.training.hooks import Stopped
+from asp_dist.training.hooks import PREEMPTION, RESIZE, Stopped
 
 if TYPE_CHECKING:
     from asp_dist.training.run import Run
 
-# The reasons to stop that ranks can tell each other; others arrive as "request".
-REASONS = ("request", "SIGTERM", "SIGINT", "preemption")
+# The reasons to stop that ranks can tell each other, the weightiest last; others arrive as "request".
+REASONS = ("request", RESIZE, PREEMPTION, "SIGTERM", "SIGINT")
 
 # What ranks tell each other at every step, by its place: how many of them found the step bad, its loss bad, a checkpoint due,
 # and were asked to stop for each of the reasons.

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from asp_dist.training.run import Run
 
 
+# Reasons of a stop after which others go on: Ray announced that a machine goes away; the group gets another size.
+PREEMPTION, RESIZE = "preemption", "resize"
+
+
 class Stopped(RuntimeError):  # noqa: N818
     """The run stopped on request, with a checkpoint saved; the same command resumes from it.
 
@@ -41,7 +45,7 @@ class Hooks:
     folder_wait_s: float = START_WAIT_S
 
     def report(self, metrics: dict[str, Any]) -> None:
-        """Take the metrics of an epoch or a checkpoint. Called equally often on every rank."""
+        """Take the metrics of an epoch. Called equally often on every rank."""
 
     def stop_requested(self) -> str | None:
         """Why the run should stop (``SIGTERM``, ``preemption``, ...), or None. Polled at every optimizer step.
@@ -52,6 +56,9 @@ class Hooks:
 
     def after_step(self, run: Run) -> None:
         """Called on every rank after each optimizer step."""
+
+    def saved(self, step: int) -> None:
+        """Called on rank 0, in the background, once a checkpoint is written; a failure there is one of the checkpoint."""
 
     def finished(self, run_dir: Path) -> None:
         """Called on rank 0 once a finished run's files are in `run_dir`, before they go to the storage."""

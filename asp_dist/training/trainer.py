@@ -56,6 +56,7 @@ def train(config: Config, world: World, hooks: Hooks | None = None) -> dict[str,
 
 
 def _train(config: Config, world: World, hooks: Hooks) -> dict[str, Any]:
+    log.info("rank %d of %d on %s with %d threads", world.rank, world.world_size, world.device, torch.get_num_threads())
     world.on_main(lambda: checkpointing.fetch_record(config))
     identity = world.on_main(lambda: claim_run_dir(config))
     done = world.on_main(lambda: finished_summary(config))
@@ -63,7 +64,7 @@ def _train(config: Config, world: World, hooks: Hooks) -> dict[str, Any]:
         log.info("%s is finished already", run_dir(config))
         world.on_main(lambda: checkpointing.send_missing_results(config))
         return done
-    checkpoints = checkpointing.build_checkpoint_manager(config, identity["id"])
+    checkpoints = checkpointing.build_checkpoint_manager(config, identity["id"], hooks.saved)
     places = [place for place in identity["places"] if place != config.output.storage]
     run = build_run(config, world, hooks, checkpoints, identity["id"])
     code = 1

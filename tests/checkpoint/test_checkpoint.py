@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import subprocess
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +218,33 @@ def test_the_last_and_the_best_stay(tmp_path: Path) -> None:
     manager.wait()
     assert manager.store.names() == ["step-00000003", "step-00000005", "step-00000006"]
     assert [e.kind for e in manager.events()] == ["checkpoint"] * 6
+
+
+def test_a_write_that_hangs_delays_the_next_checkpoint_and_not_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a storage that answers after a while; training comes by six times meanwhile."""
+    monkeypatch.setattr("asp_dist.checkpoint.manager.BUSY_WAIT_S", 0.1)
+    answers = threading.Event()
+
+    class Slow(LocalStore):
+        def commit(self, name: str) -> None:
+            answers.wait()
+            super().commit(name)
+
+    manager = CheckpointManager(Slow(tmp_path), "mine", keep=9)
+    for step in range(1, 7):
+        keep(manager, step)
+    assert manager.busy()
+    (warning,) = manager.events()
+    assert warning.kind == "warning"
+    assert warning.message == "the checkpoint of step 1 is still being written after 0 min: others wait for it"
+    answers.set()
+    manager.wait()
+    keep(manager, 7)
+    manager.wait()
+    assert manager.store.names() == ["step-00000001", "step-00000007"]
+    assert [event.kind for event in manager.events()] == ["checkpoint"] * 2
 
 
 def test_saving_copies_the_state_at_once(tmp_path: Path) -> None:

@@ -12,6 +12,9 @@ from typing import Any
 import jsonschema  # type: ignore[import-untyped]
 import pytest
 import yaml
+from waiting import HANG_S
+
+import asp_dist
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"
@@ -113,6 +116,106 @@ def test_cluster_files_pass_rays_validator(name: str, monkeypatch: pytest.Monkey
     config["no_such_field"] = 1
     with pytest.raises(Exception, match="no_such_field"):
         validate_config(config)
+
+
+def test_ray_up_starts_the_named_image_on_a_mocked_aws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's own steps from the file to a started machine; without an image it takes one of 2023, whose driver is too old."""
+    from moto import mock_aws
+    from ray.autoscaler._private.aws import config as ray_aws
+    from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
+    from ray.autoscaler._private.util import prepare_config
+
+    monkeypatch.setenv("HOME", str(tmp_path))  # Ray stores the key of the machines there
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "test")
+    monkeypatch.setattr("ray.autoscaler._private.aws.config.time.sleep", lambda seconds: None)
+    config = prepare_config(yaml.safe_load((LAUNCH / "ray" / "aws.yaml").read_text()))
+    with mock_aws(config={"iam": {"load_aws_managed_policies": True}}):
+        cluster = ray_aws.bootstrap_aws(config)
+        provider = AWSNodeProvider(cluster["provider"], cluster["cluster_name"])
+        for name, node in cluster["available_node_types"].items():
+            assert "base-oss-nvidia-driver-gpu-ubuntu" in node["node_config"]["ImageId"], name
+            tags = {"ray-node-type": "worker", "ray-launch-config": "1", "ray-user-node-type": name}
+            (started,) = provider.create_node(node["node_config"], tags, 1).values()
+            assert started.instance_type == node["node_config"]["InstanceType"]
+
+
+@pytest.mark.parametrize("name", ["aws.yaml", "gcp.yaml"])
+def test_ray_up_installs_nothing_in_the_container(name: str) -> None:
+    from ray.autoscaler._private.util import fillout_defaults
+
+    config = fillout_defaults(yaml.safe_load((LAUNCH / "ray" / name).read_text()))
+    assert [config[f"{which}setup_commands"] for which in ("", "head_", "worker_")] == [[], [], []]
+    assert config["docker"]["image"].endswith(f"/asp-dist:{asp_dist.__version__}")
+    starts = [config["head_start_ray_commands"][-1], config["worker_start_ray_commands"][-1]]
+    assert all(line.startswith("env -u OMP_NUM_THREADS ") for line in starts)  # Ray's launcher sets it to 1
+
+
+@pytest.mark.parametrize("name", ["aws.yaml", "gcp.yaml"])
+@pytest.mark.parametrize(("driver", "status"), [("580.65.06", 0), ("570.172.08", 1), (None, 0)])
+def test_ray_up_refuses_a_driver_that_is_too_old(name: str, driver: str | None, status: int, tmp_path: Path) -> None:
+    """With a stand-in for nvidia-smi, which answers as on a machine with this driver, or without a GPU."""
+    check = yaml.safe_load((LAUNCH / "ray" / name).read_text())["initialization_commands"][-1]
+    fake = tmp_path / "nvidia-smi"
+    fake.write_text(f"#!/bin/sh\n[ $1 = -L ] || echo {driver}\n" if driver else "#!/bin/sh\nexit 9\n")
+    fake.chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = subprocess.run(["bash", "-c", check], env={"PATH": path}, capture_output=True, text=True)
+    assert done.returncode == status
+    assert done.stdout.startswith(f"error: driver {driver}, but CUDA 13 needs 580") == bool(status)
+
+
+def test_google_machines_have_a_disk_type_that_they_take_and_a_new_driver() -> None:
+    config = yaml.safe_load((LAUNCH / "ray" / "gcp.yaml").read_text())
+    for node in config["available_node_types"].values():
+        (disk,) = node["node_config"]["disks"]
+        assert disk["initializeParams"]["diskType"].endswith("/pd-balanced")  # G2 machines take no pd-standard
+        assert int(disk["initializeParams"]["sourceImage"].rpartition("-nvidia-")[2]) >= 580
+
+
+@pytest.mark.parametrize("name", ["raycluster.yaml", "rayjob.yaml"])
+def test_kuberay_pods_find_a_loaded_image_and_mount_a_large_volume_at_once(name: str) -> None:
+    manifest = yaml.safe_load((LAUNCH / "kuberay" / name).read_text())
+    spec = manifest["spec"].get("rayClusterSpec", manifest["spec"])
+    pods = [group["template"]["spec"] for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"])]
+    for pod in pods:
+        (container,) = pod["containers"]
+        assert container["image"] == f"asp-dist:{asp_dist.__version__}"  # "latest" would be pulled each time
+        assert container["imagePullPolicy"] == "IfNotPresent"
+        assert pod["securityContext"] == {"fsGroup": 1000, "fsGroupChangePolicy": "OnRootMismatch"}
+    assert pods[1]["tolerations"][0]["key"] == "nvidia.com/gpu"
+    assert yaml.safe_load((LAUNCH / "kuberay" / "storage.yaml").read_text())["spec"]["storageClassName"]
+
+
+@pytest.mark.parametrize("name", ["raycluster.yaml", "rayjob.yaml"])
+def test_kuberay_pod_that_ends_drains_its_node_and_waits_for_the_workers(name: str, tmp_path: Path) -> None:
+    """The hook's own command, with a stand-in for `ray`, beside a process that is called like a training worker."""
+    manifest = yaml.safe_load((LAUNCH / "kuberay" / name).read_text())
+    spec = manifest["spec"].get("rayClusterSpec", manifest["spec"])
+    (container,) = spec["workerGroupSpecs"][0]["template"]["spec"]["containers"]
+    command = container["lifecycle"]["preStop"]["exec"]["command"]
+    seen = tmp_path / "seen"
+    (tmp_path / "ray").write_text(f'#!/bin/sh\necho "$@" >{seen}\n')
+    (tmp_path / "ray").chmod(0o755)
+    title = f"ray::{tmp_path.name}RayTrainWorker"
+    # Other tests' workers are none of this pod's.
+    command = [part.replace("[r]ay::.*RayTrainWorker", f"[r]ay::{tmp_path.name}RayTrainWorker") for part in command]
+    worker = subprocess.Popen(["bash", "-c", 'exec -a "$0" sleep 600', title])
+    hook = subprocess.Popen(command, env={"PATH": f"{tmp_path}:{os.environ['PATH']}"}, stdout=subprocess.DEVNULL)
+    try:
+        with pytest.raises(subprocess.TimeoutExpired):
+            hook.wait(timeout=3)
+        worker.kill()
+        worker.wait()
+        assert hook.wait(timeout=HANG_S) == 0
+    finally:
+        worker.kill()
+        hook.kill()
+    assert seen.read_text().startswith("drain-node --reason DRAIN_NODE_REASON_PREEMPTION")
+
+
+def test_torchrun_gives_a_stop_as_long_as_the_other_ways() -> None:
+    assert "--shutdown-timeout 300" in (LAUNCH / "torchrun.sh").read_text()
 
 
 def test_manifests_and_constraints_name_one_version_of_ray() -> None:

@@ -44,7 +44,7 @@ def free_ports(count: int) -> list[int]:
 
 @pytest.fixture
 def slurm() -> Iterator[tuple[Path, dict[str, str]]]:
-    """A SLURM cluster of two nodes of one CPU each; its folder, and the environment of its users."""
+    """A SLURM cluster of two nodes of two CPUs each; its folder, and the environment of its users."""
     reason = missing()
     if reason:
         pytest.skip(reason)
@@ -75,15 +75,15 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 MpiDefault=none
 ReturnToService=2
-NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={first} CPUs=1 RealMemory=1000
-NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={second} CPUs=1 RealMemory=1000
+NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={first} CPUs=2 RealMemory=1000
+NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={second} CPUs=2 RealMemory=1000
 PartitionName=all Nodes=ALL Default=YES State=UP
 """)
     environment = os.environ | {
         "SLURM_CONF": str(folder / "slurm.conf"),
         "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin",
     }
-    environment = {k: v for k, v in environment.items() if not k.startswith("RAY_")}
+    environment = {k: v for k, v in environment.items() if not k.startswith(("RAY_", "OMP_"))}
     munge = [
         f"--{name}={folder}/munge/{path}"
         for name, path in (
@@ -133,7 +133,7 @@ tracking: {{wandb: disabled}}
 output: {{dir: {folder}/runs}}
 """)
     log = folder / "job.log"
-    command = ["sbatch", "--wait", "--nodes=2", "--cpus-per-task=1", "--time=10", "-o", str(log)]
+    command = ["sbatch", "--wait", "--nodes=2", "--cpus-per-task=2", "--time=10", "-o", str(log)]
     done = subprocess.run(
         [*command, "launch/slurm.sh", str(config)],
         cwd=ROOT,
@@ -144,7 +144,10 @@ output: {{dir: {folder}/runs}}
     )
     assert done.returncode == 0, done.stdout + done.stderr + log.read_text()
     assert '"world_size": 2' in (folder / "runs" / "tiny" / "summary.json").read_text()
+    workers = [(folder / "runs" / "tiny" / "logs" / f"rank-{rank}.log").read_text() for rank in range(2)]
+    assert [f"rank {rank} of 2 on cpu with 2 threads" in text for rank, text in enumerate(workers)] == [True, True]
     job = done.stdout.split()[-1]
+    assert not Path(f"/tmp/asp-dist-{job}").exists()
     assert not (ROOT / "runs" / f"slurm-{job}" / "token").exists()
     assert subprocess.run(["pgrep", "-f", f"/tmp/asp-dist-{job}/"], capture_output=True).stdout == b""
     shutil.rmtree(ROOT / "runs" / f"slurm-{job}")

@@ -1,12 +1,12 @@
 """Runs a Dockerfile's steps, in order, in a clean Debian root instead of Docker's base image.
 
     sudo debootstrap --variant=minbase --include=python3,python3-venv,ca-certificates bookworm ROOT
-    sudo python tests/tools/dockerfile_steps.py docker/Dockerfile ROOT [COMMAND ...]
+    sudo .venv/bin/python tests/tools/dockerfile_steps.py docker/Dockerfile ROOT [COMMAND ... | --ray-updater]
 
 FROM is taken as done by debootstrap: Debian bookworm with its own Python 3.11 instead of python:3.11-slim-bookworm's. COPY,
 ENV, WORKDIR, USER and RUN do what Docker does; LABEL, HEALTHCHECK and CMD are skipped. COMMAND is run in the end as the
-image's user would run it. /dev, /proc, /sys, the resolver and the trusted certificates come from the host. Stops at the
-first step that fails.
+image's user would run it; --ray-updater runs what `ray up` needs in a node's container, in the shell that it uses. /dev,
+/proc, /sys, the resolver and the trusted certificates come from the host. Stops at the first step that fails.
 """
 
 from __future__ import annotations
@@ -22,6 +22,15 @@ from pathlib import Path
 
 PASSED_ON = ("PIP_CERT", "PIP_INDEX_URL", "PIP_DEFAULT_TIMEOUT")
 SKIPPED = ("FROM", "LABEL", "HEALTHCHECK", "CMD")
+UPDATER = (
+    "set -e; for tool in ray asp-dist python rsync ssh; do command -v $tool; done",
+    'test "$(command -v python)" = /app/.venv/bin/python',
+    "ray --version && asp-dist --version",
+    "python -c 'import ray.autoscaler._private.aws.node_provider, ray.autoscaler._private.gcp.node_provider'",
+    "python -c 'import ray.autoscaler._private.monitor, asp_dist.cluster.driver, asp_dist.cluster.worker'",
+    'test "$(env -u OMP_NUM_THREADS printenv OMP_NUM_THREADS)" = ""',
+    "touch ~/ray_bootstrap_config.yaml && rsync --version | head -n 1",
+)
 
 
 def instructions(text: str) -> list[tuple[str, str]]:
@@ -57,7 +66,9 @@ class Image:
         elif name == "USER":
             self.user = rest
         elif name == "COPY":
-            self.copy(*rest.split())
+            *sources, target = rest.split()
+            for source in sources:
+                self.copy(source, target)
         elif name == "RUN":
             self.run([*self.shell, rest])
         else:
@@ -98,7 +109,13 @@ def main(dockerfile: Path, root: Path, command: list[str]) -> None:
         for number, (name, rest) in enumerate(steps, 1):
             print(f"[{number}/{len(steps)}] {name} {rest[:100]}", flush=True)
             image.step(name, rest)
-        if command:
+        if command == ["--ray-updater"]:
+            from ray.autoscaler._private.command_runner import _with_interactive
+
+            for line in UPDATER:
+                print(f"[ray up] {line}", flush=True)
+                image.run(["sh", "-c", " ".join(_with_interactive(line))])
+        elif command:
             print(f"[command] {' '.join(command)}", flush=True)
             image.run(command)
     finally:
