@@ -12,7 +12,6 @@ import os
 import uuid
 from typing import TYPE_CHECKING
 
-from asp_dist.cluster.ray_private import put_in_head_memory, take_from_head_memory
 from asp_dist.tracking.wandb.login import configured_server
 
 if TYPE_CHECKING:
@@ -55,6 +54,8 @@ def put(client: JobSubmissionClient) -> dict[str, str]:
     if not any(is_key(name) for name in keys):
         return {}
     name = f"asp-dist-{uuid.uuid4().hex}.zip"  # the ending by which Ray knows a package
+    from asp_dist.cluster.ray_private import put_in_head_memory  # with torch and Ray Train
+
     put_in_head_memory(client, name, json.dumps(keys).encode())
     return {PLACE: f"gcs://{name}"}
 
@@ -64,6 +65,8 @@ def take() -> None:
     place = os.environ.pop(PLACE, None)
     if place is None:
         return
+    from asp_dist.cluster.ray_private import take_from_head_memory
+
     stored = take_from_head_memory(place)
     if stored is not None:
         os.environ.update({name: value for name, value in json.loads(stored).items() if is_key(name) or name in WITH_WANDB})

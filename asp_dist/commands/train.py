@@ -63,7 +63,7 @@ def as_dry_run(config: Config) -> Config:
 
 
 def _train_on_ray(config: Config, console: Console) -> dict[str, Any]:
-    from asp_dist.cluster import run as run_on_ray
+    from asp_dist.cluster.driver import run as run_on_ray
 
     return run_on_ray(config, on_row=console.update)
 

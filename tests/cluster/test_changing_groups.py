@@ -19,7 +19,7 @@ from ray.train import ScalingConfig
 from small_runs import small_config, with_changes
 
 from asp_dist import files
-from asp_dist.cluster import run
+from asp_dist.cluster.driver import run
 from asp_dist.cluster.worker import TrainFunction
 from asp_dist.config import ClusterConfig, Config
 from asp_dist.tracking import read_rows

@@ -20,8 +20,8 @@ from small_runs import small_config, with_changes
 from waiting import HANG_S
 
 from asp_dist.checkpoint.folder_lock import hold_folder
-from asp_dist.cluster import ClusterError, run
-from asp_dist.cluster.failures import describe, would_repeat
+from asp_dist.cluster.driver import run
+from asp_dist.cluster.failures import ClusterError, describe, would_repeat
 from asp_dist.cluster.launch_files import LaunchFiles
 from asp_dist.cluster.ray_private import DividingScalingPolicy
 from asp_dist.cluster.resources import plan_resources
