@@ -9,7 +9,9 @@ import re
 import sys
 import traceback
 import typing
+import zlib
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +45,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         code, message = _describe(error)
+        folder = os.environ.get("ASP_DIST_RANKS")
+        if folder is not None:
+            return _tell_ranks(Path(folder), code, message, alike=code == EXIT_STOPPED or hasattr(error, "on_every_rank"))
         print(message, file=sys.stderr)
         return code
+
+
+def _tell_ranks(folder: Path, code: int, message: str, *, alike: bool) -> int:
+    """Print an error once for all ranks of this machine, and return the exit code of this one, for launch/torchrun.sh.
+
+    torchrun starts all ranks anew after one that ends with a code. Where all of them end in the same way, and starting anew
+    would end so again, they succeed as far as torchrun is concerned; the script finds the code in `folder`.
+    """
+    with suppress(FileExistsError), (folder / f"{zlib.crc32(message.encode()):08x}").open("x"):
+        print(message, file=sys.stderr)
+    if code not in (EXIT_USER, EXIT_STOPPED):
+        return code
+    (folder / "code").write_text(str(code))
+    return 0 if alike else code
 
 
 def _describe(error: Exception) -> tuple[int, str]:
@@ -91,7 +110,12 @@ def _run(arguments: list[str]) -> int:
         command, options = command.group[options.command], options[options.command]
     assert command.run is not None
     if command.configured:
-        return command.run(to_config(parsed), **_own(options))
+        try:
+            config = to_config(parsed)
+        except UserError as error:
+            error.on_every_rank = True  # type: ignore[attr-defined]
+            raise
+        return command.run(config, **_own(options))
     return command.run(**_plain(options))
 
 

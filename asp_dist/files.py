@@ -1,14 +1,15 @@
-"""Files that appear under their name only when they are complete, and work that is tried again, or done every now and then."""
+"""Files that appear only when they are complete, how many may be open, and work that is tried again, or now and then."""
 
 from __future__ import annotations
 
 import logging
 import os
+import resource
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TypeVar
 
@@ -88,6 +89,13 @@ def repeating(work: Callable[[], None], every_s: float, name: str) -> Iterator[N
     finally:
         done.set()
         thread.join()
+
+
+def allow_many_files() -> None:
+    """Let this process open as many files as the system lets it: a data set of shards has them all open."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def retry(work: Callable[[], T], waits: tuple[float, ...], what: str) -> T:

@@ -5,7 +5,8 @@
 #     NODES=2 NODE_RANK=1 HEAD=10.0.0.1 ./launch/torchrun.sh configs/quickstart.yaml     (on the other)
 #
 # All machines need the data and the output folder under the same path. An interrupted run resumes with the same
-# command. To change: WORKERS, processes per machine (default: its GPUs, else 2); RESTARTS (3) after a failure; PORT (29400).
+# command. Exit codes as those of `asp-dist train`: 0 done, 2 a mistake, 75 stopped after saving a checkpoint, 1 failed.
+# To change: WORKERS, processes per machine (default: its GPUs, else 2); RESTARTS (3) after a failure; PORT (29400).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/env.sh
@@ -24,5 +25,20 @@ if ((${NODES:-1} > 1)); then
     place=(--nnodes "$NODES" --node-rank "${NODE_RANK:?0 on the first machine, 1 on the next, ...}"
         --rdzv-backend c10d --rdzv-id asp-dist --rdzv-endpoint "${HEAD:?the address of the first machine}:${PORT:-29400}")
 fi
-exec .venv/bin/torchrun "${place[@]}" --nproc-per-node "$workers" --max-restarts "${RESTARTS:-3}" --shutdown-timeout 300 \
-    -m asp_dist train "$@"
+# A mistake in the options ends here, not in every process.
+.venv/bin/asp-dist train "$@" --print_config >/dev/null
+
+# The processes write a message once for all of them, and how they ended where starting anew would not help: torchrun knows 1.
+ASP_DIST_RANKS=$(mktemp -d)
+export ASP_DIST_RANKS
+trap 'rm -rf "$ASP_DIST_RANKS"' EXIT
+# Its own group: at Ctrl-C the processes would be told twice, by the terminal and by torchrun, and end without a checkpoint.
+setsid .venv/bin/torchrun "${place[@]}" --nproc-per-node "$workers" --max-restarts "${RESTARTS:-3}" --shutdown-timeout 300 \
+    -m asp_dist train "$@" &
+run=$!
+trap 'kill -TERM "$run" 2>/dev/null || true' TERM INT HUP
+status=0
+wait "$run" || status=$?
+while kill -0 "$run" 2>/dev/null; do wait "$run" || status=$?; done
+[[ ! -s $ASP_DIST_RANKS/code ]] || status=$(<"$ASP_DIST_RANKS/code")
+exit "$status"

@@ -131,9 +131,7 @@ class CheckpointManager:
         if not self.wait(0.0 if self._hangs else BUSY_WAIT_S):
             if not self._hangs:
                 minutes = self.seconds_since_save() / 60
-                text = (
-                    f"the checkpoint of step {self._writing} is still being written after {minutes:.0f} min: others wait for it"
-                )
+                text = f"the checkpoint of step {self._writing} is still being written after {minutes:.0f} min"
                 self._events.append(Event(WARNING, f"{text}: others wait for it"))
             self._hangs = True
             return

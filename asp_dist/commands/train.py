@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json as json_
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from jsonargparse import ArgumentParser
 
@@ -18,6 +19,13 @@ from asp_dist.tracking.schema import METRICS_FILE
 
 if TYPE_CHECKING:
     from asp_dist.tracking import Console
+    from asp_dist.training.world import World
+
+T = TypeVar("T")
+RANK_IGNORED = (
+    "note: RANK and WORLD_SIZE are set, but not by torchrun: training on Ray all the same; with --cluster.mode local, this "
+    "process would be that rank"
+)
 
 
 def _style(quiet: bool, as_json: bool) -> Any:
@@ -33,22 +41,45 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(config: Config, *, quiet: bool = False, json: bool = False, dry_run: bool = False) -> int:
     """Train and prune, on Ray or in this process, and print the results."""
+    from asp_dist.tracking import Console
     from asp_dist.training.preflight import preflight
-    from asp_dist.training.world import started_by_torchrun
+    from asp_dist.training.world import has_rank, init_world, is_one_rank
 
     if dry_run:
         config = as_dry_run(config)
-    checked = preflight(config)
-    local = config.cluster.mode == "local" or started_by_torchrun()
-    if int(os.environ.get("RANK", "0")) > 0:
-        quiet, json = True, False
-    from asp_dist.tracking import Console
-
-    with Console(config, checked.total_steps, style=_style(quiet, json)) as console:
-        summary = _train_here(config, console) if local else _train_on_ray(config, console)
-    if int(os.environ.get("RANK", "0")) == 0:
+    if config.cluster.mode == "ray" and not is_one_rank(config):
+        if has_rank():
+            print(RANK_IGNORED, file=sys.stderr)
+        checked = preflight(config)
+        with Console(config, checked.total_steps, style=_style(quiet, json)) as console:
+            summary = _train_on_ray(config, console)
+        _show_results(config, summary, quiet=quiet, as_json=json)
+        return 0
+    answer = _result_of(lambda: preflight(config)) if int(os.environ.get("RANK", "0")) == 0 else None
+    world = init_world(config.training.device, config.cluster.timeout_s)
+    try:
+        checked = world.on_main(answer)
+        with Console(config, checked.total_steps, style=_style(quiet or not world.is_main, json)) as console:
+            summary = _train_here(config, world, console)
+    finally:
+        world.close()
+    if world.is_main:
         _show_results(config, summary, quiet=quiet, as_json=json)
     return 0
+
+
+def _result_of(work: Callable[[], T]) -> Callable[[], T]:
+    """Do `work`, which knows nothing of other ranks, now; what is returned gives its result, or raises its error, later."""
+    try:
+        result = work()
+    except Exception as error:
+        caught = error
+
+        def fail() -> T:
+            raise caught
+
+        return fail
+    return lambda: result
 
 
 def as_dry_run(config: Config) -> Config:
@@ -68,19 +99,14 @@ def _train_on_ray(config: Config, console: Console) -> dict[str, Any]:
     return run_on_ray(config, on_row=console.update)
 
 
-def _train_here(config: Config, console: Console) -> dict[str, Any]:
+def _train_here(config: Config, world: World, console: Console) -> dict[str, Any]:
     from asp_dist.checkpoint.record import run_dir
     from asp_dist.report import try_report
     from asp_dist.training.hooks import SignalHooks
     from asp_dist.training.trainer import train
-    from asp_dist.training.world import init_world
 
-    world = init_world(config.training.device, config.cluster.timeout_s)
-    try:
-        with SignalHooks(try_report) as hooks, _following(run_dir(config) / METRICS_FILE, console):
-            return train(config, world, hooks)
-    finally:
-        world.close()
+    with SignalHooks(try_report) as hooks, _following(run_dir(config) / METRICS_FILE, console):
+        return train(config, world, hooks)
 
 
 @contextmanager

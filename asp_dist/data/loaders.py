@@ -11,7 +11,7 @@ import torch
 from asp_dist.config import DataConfig
 from asp_dist.data.base import LoaderOptions, TrainLoader, ValLoader
 from asp_dist.data.images import build_spec, default_threads
-from asp_dist.data.info import DataInfo, inspect_data, open_data_set
+from asp_dist.data.info import DataInfo, DataSet, inspect_data, open_data_set
 from asp_dist.data.order import EpochPlan
 
 log = logging.getLogger(__name__)
@@ -42,6 +42,7 @@ def build_loaders(
     accumulate: int = 1,
     epochs: int = 1,
     channels_last: bool = False,
+    data_set: DataSet | None = None,
 ) -> Loaders:
     """The training and validation loaders of one rank.
 
@@ -55,6 +56,7 @@ def build_loaders(
         accumulate: micro-batches per optimizer step.
         epochs: length of the training, over which ``data.progressive_sizes`` are spread.
         channels_last: memory order of the batches, where the loader can choose it for nothing.
+        data_set: the data set at ``data.root``, if it has been opened already.
 
     Raises:
         UserError: a data set that is missing or unfit, a batch size that does not divide.
@@ -75,7 +77,7 @@ def build_loaders(
     )
     if data.backend == "synthetic":
         return _synthetic(data, options, accumulate)
-    data_set = open_data_set(data)
+    data_set = data_set or open_data_set(data)
     plan = EpochPlan(len(data_set.train), data.batch_size, world_size, accumulate, data.augment.repeats)
     eval_batch = data.eval_batch_size or plan.micro
     if rank == 0 and plan.num_samples % plan.batch_size:

@@ -116,6 +116,14 @@ class Samples:
             return str(self.root / self.names[index])
         return f"{self.names[index]} in shard {self.root / self.shards[int(self.shard[index])]}"
 
+    def stored_size(self, index: int) -> int | None:
+        """Bytes of the file that sample `index` lies in; None: there is none."""
+        name = self.names[index] if self.shard is None else self.shards[int(self.shard[index])]
+        try:
+            return (self.root / name).stat().st_size
+        except OSError:
+            return None
+
     def read(self, index: int, *, fresh: bool = False) -> bytes:
         """The encoded bytes of sample `index`.
 

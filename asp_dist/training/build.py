@@ -6,8 +6,10 @@ import dataclasses
 import difflib
 import importlib.util
 import inspect
+import socket
 from typing import Any
 
+import numpy as np
 import torch
 from timm.data import Mixup
 from timm.layers import convert_sync_batchnorm
@@ -16,7 +18,9 @@ from timm.optim import OptimInfo, create_optimizer_v2, get_optimizer_info, list_
 from timm.scheduler import create_scheduler_v2
 from torch import nn
 
-from asp_dist.config import Config, OptimizerConfig, ScheduleConfig, TrainingConfig
+from asp_dist.config import Config, DataConfig, OptimizerConfig, ScheduleConfig, TrainingConfig
+from asp_dist.data import DataSet, open_data_set
+from asp_dist.data.samples import Samples
 from asp_dist.errors import UserError
 from asp_dist.pruning import Pruner
 from asp_dist.training.world import World
@@ -25,7 +29,50 @@ SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "con
 LOOKAHEAD = "lookahead_"  # prefix of an optimizer's name
 # Optimizers of torch that take all parameters in one launch, and skip a step by a flag on the device.
 FUSED = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
+# Images of each split by which the nodes' copies of a data set are compared.
+COMPARED = 32
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def open_data(data: DataConfig, world: World) -> DataSet | None:
+    """The data set, listed once, by rank 0; None: it is synthetic. A collective.
+
+    Raises:
+        UserError: it cannot be opened, or a node sees another one under the same path.
+    """
+    if data.backend == "synthetic":
+        return None
+    data_set = world.on_main(lambda: open_data_set(data))
+    if world.world_size > 1:
+        check_copies(data_set, world)
+    return data_set
+
+
+def check_copies(data_set: DataSet, world: World) -> None:
+    """Raise `UserError` on every rank if the ranks' lists differ, or some files on a node are others than on rank 0's."""
+    seen = None
+    if world.local_rank == 0 or world.is_main:
+        seen = [samples.stored_size(i) for samples in (data_set.train, data_set.val) for i in spread(samples)]
+    mine = (socket.gethostname(), data_set.train.fingerprint + data_set.val.fingerprint, seen)
+    (main, listed, first), *others = world.gather(mine)
+    assert first is not None
+    for node, fingerprint, sizes in others:
+        if fingerprint != listed:
+            raise UserError(f"data: node {node} has another list of images than node {main}; its memory or network is faulty")
+        for place, (ours, theirs) in enumerate(zip(first, first if sizes is None else sizes)):
+            if ours != theirs:
+                samples = data_set.train if place < COMPARED else data_set.val
+                file = samples.place(spread(samples)[place % COMPARED])
+                found = "lacks it" if theirs is None else f"has {theirs} bytes there"
+                raise UserError(
+                    f"data: {file} has {ours} bytes on node {main}, and node {node} {found}: every node needs the same data "
+                    "set under the same path"
+                )
+
+
+def spread(samples: Samples) -> list[int]:
+    """`COMPARED` samples, evenly spread."""
+    return [int(index) for index in np.linspace(0, len(samples) - 1, COMPARED)]
 
 
 def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:

@@ -210,23 +210,23 @@ def resume(run: Run, places: Sequence[str | None] = ()) -> Resumed:
     kept: list[Found] = []
     stores = [build_store(run.config, place) for place in places]
 
-    def find() -> tuple[str, int] | None:
+    def find() -> tuple[str, int, Manifest] | None:
         run.checkpoints.store.clean()
         found = run.checkpoints.latest(stores)
         if found is None:
             refuse_to_start_over(run, stores)
             return None
         kept.append(found)
-        return found.name, stores.index(found.place) if found.place in stores else -1
+        return found.name, stores.index(found.place) if found.place in stores else -1, found.manifest
 
     answer = run.world.on_main(find)
     events = run.checkpoints.events()
     if answer is None:
         return Resumed([*events, start_from_run(run)] if run.config.resume.from_run is not None else events)
-    name, index = answer
+    name, index, manifest = answer
     place = run.checkpoints.store if index < 0 else stores[index]
     try:
-        manifest, state = (kept[0].manifest, kept[0].state) if kept else run.checkpoints.load(name, place)
+        state = run.world.share_state(kept[0].state if kept else None)
         options = group_options(run.optimizer)
         check_changes(run, manifest.config, state)
         restore_state(run, state)

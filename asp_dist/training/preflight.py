@@ -19,7 +19,7 @@ from asp_dist.models import build_model, check_model_name
 from asp_dist.training import build
 from asp_dist.training.run import count_steps
 from asp_dist.training.warm_start import check_start
-from asp_dist.training.world import group_sizes, share_problem, started_by_torchrun
+from asp_dist.training.world import group_sizes, is_one_rank, share_problem
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def preflight(config: Config) -> Preflight:
     resumes = check_run_dir(config) is not None
     if not resumes:
         check_start(config)
-    elif int(os.environ.get("RANK", "0")) == 0:
+    else:
         check_free(run_dir(config))
     world_size = planned_world_size(config)
     check_batch(config, data)
@@ -67,7 +67,7 @@ def preflight(config: Config) -> Preflight:
 
 def planned_world_size(config: Config) -> int:
     """The number of workers that the configuration and the environment ask for: of an elastic group, the largest one's."""
-    if started_by_torchrun():
+    if is_one_rank(config):
         return int(os.environ["WORLD_SIZE"])
     if config.cluster.mode != "ray":
         return 1
@@ -83,7 +83,7 @@ def check_batch(config: Config, data: DataInfo) -> None:
     )
     workers, cluster = planned_world_size(config), config.cluster
     problem = share_problem(config, workers)
-    if problem and workers == cluster.num_workers != (cluster.min_workers or workers) and not started_by_torchrun():
+    if problem and workers == cluster.num_workers != (cluster.min_workers or workers) and not is_one_rank(config):
         problem += f"; nor among any fewer, down to cluster.min_workers = {cluster.min_workers}: lower it, or change the batch"
     check(not problem, problem)
 

@@ -175,7 +175,8 @@ def build_run(config: Config, world: World, hooks: Hooks, checkpoints: Checkpoin
         torch.backends.cudnn.benchmark = True  # the batches' shapes stay the same
         torch.set_float32_matmul_precision("high")  # TF32, as cuDNN's convolutions have by default
     seed_everything(training.seed)
-    info = inspect_data(config.data)
+    data_set = build.open_data(config.data, world)
+    info = inspect_data(config.data) if data_set is None else data_set.info
     model = build_model(config.model, len(info.classes), config.data.input_size)
     model_data = resolve_model_data_config(model)
     model = build.place_model(training, model, world)
@@ -189,6 +190,7 @@ def build_run(config: Config, world: World, hooks: Hooks, checkpoints: Checkpoin
         accumulate=training.accumulate,
         epochs=config.schedule.epochs,
         channels_last=training.channels_last,
+        data_set=data_set,
     )
     optimizer = build.build_optimizer(config.optimizer, model)
     total_steps = count_steps(config, loaders.train.steps_per_epoch)

@@ -16,6 +16,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from asp_dist.checkpoint.folder_lock import hold_folder
 from asp_dist.checkpoint.record import claim_run_dir, finished_summary, run_dir, store_config, with_absolute_paths
 from asp_dist.config import Config
+from asp_dist.files import allow_many_files
 from asp_dist.tracking import build_tracker
 from asp_dist.tracking.schema import LR, TRAIN
 from asp_dist.training import checkpointing, health
@@ -50,6 +51,7 @@ def train(config: Config, world: World, hooks: Hooks | None = None) -> dict[str,
         FolderBusy: another process still writes to the run's folder.
     """
     config, hooks = with_absolute_paths(config), hooks or Hooks()
+    allow_many_files()
     with ExitStack() as held:
         world.on_main(lambda: held.enter_context(hold_folder(run_dir(config), hooks.folder_wait_s)))
         return _train(config, world, hooks)

@@ -57,15 +57,15 @@ def start_from_run(run: Run) -> Event:
         UserError: that run has no sound checkpoint, or it does not fit.
     """
     folder = Path(str(run.config.resume.from_run))
-    kept: list[tuple[Manifest, dict[str, Any]]] = []
+    kept: list[dict[str, Any]] = []
 
-    def find() -> str:
+    def find() -> tuple[str, Manifest]:
         name, manifest, state = _latest(folder)
-        kept.append((manifest, state))
-        return name
+        kept.append(state)
+        return name, manifest
 
-    name = run.world.on_main(find)
-    manifest, state = kept[0] if kept else read_checkpoint(LocalStore(folder / "checkpoints"), name)
+    name, manifest = run.world.on_main(find)
+    state = run.world.share_state(kept[0] if kept else None)
     try:
         _set_state(run, manifest, state)
     except (KeyError, RuntimeError, ValueError) as error:

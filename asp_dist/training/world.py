@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from asp_dist.checkpoint.format import split_state, unflatten_state
 from asp_dist.config import Config
 from asp_dist.errors import UserError
 
@@ -62,19 +63,50 @@ class World:
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
-    def on_main(self, work: Callable[[], T]) -> T:
-        """What `work` returns on rank 0, on every rank; what it raises there, every rank raises."""
+    def on_main(self, work: Callable[[], T] | None) -> T:
+        """What `work` returns on rank 0, on every rank; what it raises there, every rank raises. Others may give None."""
         result: T | None = None
         error: Exception | None = None
         if self.is_main:
+            assert work is not None
             try:
                 result = work()
             except Exception as caught:
                 error = caught
         result, error = self.share((result, error))
         if error is not None:
+            error.on_every_rank = True  # type: ignore[attr-defined]
             raise error
         return result  # type: ignore[return-value]
+
+    def share_state(self, state: dict[str, Any] | None) -> dict[str, Any]:
+        """Rank 0's `state`, a dictionary of parts with tensors on the CPU, on every rank: tensor by tensor, as bytes.
+
+        Pickled in one piece it would take up its own size again, on the device.
+        """
+        if self.world_size == 1 or self.is_main:
+            assert state is not None
+            plain, parts = split_state(state)
+            self.share((plain, {part: _shapes(tensors) for part, tensors in parts.items()}))
+        else:
+            shapes: dict[str, dict[str, tuple[torch.Size, torch.dtype]]] = {}
+            plain, shapes = self.share(({}, shapes))
+            parts = {part: {n: torch.empty(s, dtype=d) for n, (s, d) in those.items()} for part, those in shapes.items()}
+        for tensors in parts.values():
+            for tensor in tensors.values():
+                self._share_bytes(tensor)
+        if state is not None:
+            return state
+        return {part: unflatten_state(tree, parts.get(part, {})) for part, tree in plain.items()}
+
+    def _share_bytes(self, tensor: torch.Tensor) -> None:
+        """Overwrite a CPU tensor by rank 0's."""
+        if self.world_size == 1 or tensor.numel() == 0:
+            return
+        data = tensor.contiguous().reshape(-1).view(torch.uint8).to(self.device)
+        dist.broadcast(data, src=0)
+        if not self.is_main:
+            tensor.copy_(data.cpu().view(tensor.dtype).reshape(tensor.shape))
 
     def gather(self, value: T) -> list[T]:
         """Every rank's `value` in the order of the ranks, on every rank."""
@@ -96,9 +128,23 @@ class World:
             dist.destroy_process_group()
 
 
+def _shapes(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+
+
 def started_by_torchrun() -> bool:
-    """Whether torchrun, or another launcher with its environment variables, started this process as one rank."""
+    """Whether torchrun started this process, as one rank."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and has_rank()
+
+
+def has_rank() -> bool:
+    """Whether the environment gives this process a rank. Platforms do so too, for whatever they start."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def is_one_rank(config: Config) -> bool:
+    """Whether this process is one rank of the run by its environment: from torchrun, or asked for by ``cluster.mode``."""
+    return has_rank() and (started_by_torchrun() or config.cluster.mode == "local")
 
 
 def init_world(device: str = "auto", timeout_s: float = 600.0) -> World:
@@ -114,7 +160,7 @@ def init_world(device: str = "auto", timeout_s: float = 600.0) -> World:
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     chosen = _choose_device(device, local_rank)
     if not dist.is_initialized():
-        if not started_by_torchrun() or os.environ["WORLD_SIZE"] == "1":
+        if not has_rank() or os.environ["WORLD_SIZE"] == "1":
             return World(device=chosen)
         on_cuda = chosen.type == "cuda"
         dist.init_process_group(

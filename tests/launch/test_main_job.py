@@ -166,6 +166,24 @@ def test_the_same_command_runs_under_torchrun(tmp_path: Path, digits: Path) -> N
 
 
 @pytest.mark.slow
+def test_torchruns_script_returns_the_commands_exit_codes_and_one_message(tmp_path: Path, digits: Path) -> None:
+    script = (str(ROOT / "launch" / "torchrun.sh"),)
+    stopped = asp_dist(*train(tmp_path / "stopped", digits, "--schedule.epochs", "500")[1:], launcher=script)
+    metrics = tmp_path / "stopped" / "quickstart" / "metrics.jsonl"
+    wait_until(lambda: metrics.is_file() and any(row["kind"] == "train" for row in read_rows(metrics)), "a row of training")
+    stopped.send_signal(signal.SIGTERM)
+    code, _, err = finish(stopped)
+    assert code == 75, err
+    assert err.count("stopped by SIGTERM after step") == 1
+    assert list((tmp_path / "stopped" / "quickstart" / "checkpoints").glob("step-*"))
+    mistake = asp_dist(*train(tmp_path, digits, "--data.batch_size", "33")[1:], launcher=script)
+    code, _, err = finish(mistake)
+    assert code == 2, err
+    (line,) = [line for line in err.splitlines() if line.startswith("error:")]
+    assert line.startswith("error: data.batch_size = 33 does not divide among 2 workers × training.accumulate = 1")
+
+
+@pytest.mark.slow
 def test_the_same_command_runs_in_this_process(tmp_path: Path, digits: Path) -> None:
     """On one worker of a Ray cluster: tests/cluster/test_jobs.py."""
     assert main(train(tmp_path, digits, *SHORT, "--cluster.mode", "local")) == 0

@@ -472,4 +472,8 @@ def test_preflight_counts_ray_workers_and_torchrun_ranks(tmp_path: Path, monkeyp
         preflight(with_changes(config, cluster__num_workers=7, cluster__min_workers=5))
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="16 does not divide among 3 workers"):
+        preflight(config)  # some platform's, for whatever it starts
+    assert preflight(with_changes(config, cluster__mode="local")).world_size == 2
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     assert preflight(config).world_size == 2

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from asp_dist.config import DataConfig
+from asp_dist.data.formats.folder import scan_folder
 from asp_dist.data.formats.manifest import CLASSES, write_classes, write_manifest
 from asp_dist.data.formats.shards import write_shards
 from asp_dist.data.info import PREPARED, DataInfo, inspect_data, open_data_set
@@ -113,6 +114,9 @@ def _prepare_from(
                 write_shards(samples, target, split, per_shard=per_shard, advance=advance)
             else:
                 write_folder(samples, target / split, advance)
+    if dataset == "imagenet" and not sharded:
+        for split in splits:  # a start would walk 1,000 folders otherwise
+            write_manifest(scan_folder(target, split, classes), target / f"{split}.tsv")
     write_classes(target, classes, names)
     info = inspect_data(DataConfig(root=str(target)))
     counts = {"train": info.num_train, "val": info.num_val}
