@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import resource
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import IO, TypeVar
 
 T = TypeVar("T")
+# What file systems that flush no folder answer: FUSE and SMB ones, object stores that are mounted.
+NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EISDIR)
 WAITS_S = (0.5, 2.0, 5.0)  # before each further attempt at a place that fails for a while
 
 log = logging.getLogger(__name__)
@@ -65,10 +68,13 @@ def close_durably(stream: IO[bytes]) -> None:
 
 
 def sync(path: Path) -> None:
-    """Flush a file to the disk, or the names in a folder."""
+    """Flush a file to the disk, or the names in a folder, where its file system can do that."""
     number = os.open(path, os.O_RDONLY)
     try:
         os.fsync(number)
+    except OSError as error:
+        if not (path.is_dir() and error.errno in NO_FOLDER_SYNC):
+            raise
     finally:
         os.close(number)
 

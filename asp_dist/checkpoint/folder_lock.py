@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 from asp_dist.errors import UserError, may_pass
 from asp_dist.files import repeating, write_text
@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 LOCK_FILE = ".lock"
 LEASE_FILE = ".lease"
+PLACE_FILE = ".place"
 # An NFS server keeps a dead machine's locks for a lease of 90 s and some more.
 RESTART_WAIT_S = 300.0
 START_WAIT_S = 30.0  # processes that are being ended take some seconds
@@ -68,12 +69,12 @@ def hold_folder(folder: Path, wait_s: float = START_WAIT_S) -> Iterator[None]:
         opened = (folder / LOCK_FILE).open("a+")
     with opened as file:
         try:
-            _wait(lambda: _flock(file), folder, wait_s, lambda: _owner(file))
+            _wait(lambda: _flock(file), str(folder), wait_s, lambda: _owner(file))
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
             log.info("%s has no file locks (%s): held by a lease instead", folder, error.strerror)
-            with _lease(folder, wait_s):
+            with hold_lease(LeaseFile(folder), wait_s):
                 yield
             return
         file.truncate(0)
@@ -125,53 +126,115 @@ def _flock(file: IO[str]) -> bool:
     return True
 
 
-def _wait(take: Callable[[], bool], folder: Path, wait_s: float, owner: Callable[[], str]) -> None:
-    """Call `take` until it returns True, for `wait_s` seconds; `owner` says who has the folder, in words."""
+def _wait(take: Callable[[], bool], place: str, wait_s: float, owner: Callable[[], str]) -> None:
+    """Call `take` until it returns True, for `wait_s` seconds; `owner` says who has the `place`, in words."""
     begin = time.monotonic()
     told = False
     while not take():
         waited = time.monotonic() - begin
         if waited > wait_s:
-            raise FolderBusy(f"another run still writes to {folder}: {owner()}")
+            raise FolderBusy(f"another run still writes to {place}: {owner()}")
         if waited > 2.0 and not told:
             told = True
-            log.warning("%s still writes to %s: waiting for it, %.0f s at most", owner(), folder, wait_s)
+            log.warning("%s still writes to %s: waiting for it, %.0f s at most", owner(), place, wait_s)
         time.sleep(POLL_S)
 
 
+class Lease(Protocol):
+    """A small text that all who want a place see."""
+
+    where: str
+
+    def read(self) -> str:
+        """The text; empty if there is none."""
+
+    def write(self, text: str) -> None:
+        """Replace it."""
+
+    def remove(self) -> None:
+        """Take it away."""
+
+
+class LeaseFile:
+    """The lease of a folder, in a file."""
+
+    def __init__(self, folder: Path) -> None:
+        self.where, self._path = str(folder), folder / LEASE_FILE
+
+    def read(self) -> str:
+        with suppress(OSError):
+            return self._path.read_text()
+        return ""
+
+    def write(self, text: str) -> None:
+        write_text(self._path, text, durable=False)
+
+    def remove(self) -> None:
+        self._path.unlink(missing_ok=True)
+
+
 @contextmanager
-def _lease(folder: Path, wait_s: float) -> Iterator[None]:
-    """Hold the folder by a file that is written again and again; its clock is this process's own, never another machine's."""
-    path, me, beats = folder / LEASE_FILE, uuid.uuid4().hex, itertools.count()
+def hold_lease(
+    lease: Lease, wait_s: float, *, place: str = "", beat_s: float = BEAT_S, silence_s: float = SILENCE_S
+) -> Iterator[None]:
+    """Hold a place by a text that is written again and again; its clock is this process's own, never another machine's.
+
+    Args:
+        lease: the text.
+        wait_s: how long to wait for another owner.
+        place: what this process holds by a lock already; an owner that held the same lock has ended.
+        beat_s: seconds between two writes.
+        silence_s: an owner is dead after so many without one.
+
+    Raises:
+        FolderBusy: another process still holds it; names its host and process.
+        OSError: the place does not answer.
+    """
+    me, beats = uuid.uuid4().hex, itertools.count()
     seen: tuple[str, float] = ("", time.monotonic())
 
-    def text() -> str:
-        with suppress(OSError):
-            return path.read_text()
-        return ""
+    def owner() -> dict[str, Any]:
+        with suppress(ValueError):
+            found = json.loads(lease.read() or "{}")
+            return found if isinstance(found, dict) else {}
+        return {}
 
     def take() -> bool:
         nonlocal seen
-        now = text()
+        now = lease.read()
         if now != seen[0]:
             seen = (now, time.monotonic())
-        if now and time.monotonic() - seen[1] < SILENCE_S:
+        if now and time.monotonic() - seen[1] < silence_s and not (place and owner().get("place") == place):
             return False
         beat()
         time.sleep(1.0)  # two may have found it silent at once: the last one to write has it
-        return json.loads(text() or "{}").get("id") == me
+        return owner().get("id") == me
 
     def beat() -> None:
-        write_text(path, json.dumps({**_me(), "id": me, "beat": next(beats)}), durable=False)
+        lease.write(json.dumps({**_me(), "id": me, "place": place, "beat": next(beats)}))
 
     def keep() -> None:
         with suppress(OSError):
+            other = owner()
+            if other.get("id") not in (me, None):  # this machine was silent for too long
+                log.error("%s was taken over by %s", lease.where, _words(json.dumps(other)))
+                return
             beat()
 
     # A silent owner is found out after a while only: no shorter wait would ever take a dead one's place.
-    _wait(take, folder, max(wait_s, SILENCE_S + 5.0), lambda: _words(text()))
+    _wait(take, lease.where, max(wait_s, silence_s + 5.0), lambda: _words(lease.read()))
     try:
-        with repeating(keep, BEAT_S, "lease"):
+        with repeating(keep, beat_s, "lease"):
             yield
     finally:
-        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            if owner().get("id") == me:
+                lease.remove()
+
+
+def place_of(folder: Path) -> str:
+    """A word that tells this folder from all others, on whatever machine; kept in the folder."""
+    path = folder / PLACE_FILE
+    if not path.exists():
+        write_text(path, uuid.uuid4().hex, durable=False)
+    return path.read_text()

@@ -6,12 +6,14 @@ a while is asked again; training continues meanwhile, and the manager says in th
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, TypeVar, cast
 
+from asp_dist.checkpoint.folder_lock import LEASE_FILE
 from asp_dist.checkpoint.storage import MANIFEST, NAME, spare_name, step_of
 from asp_dist.errors import UserError
 from asp_dist.files import WAITS_S, retry, write_bytes
@@ -42,8 +44,33 @@ def open_storage(address: str) -> tuple[Any, str]:
             other, path = fsspec.core.url_to_fs(address)
         except (ImportError, ValueError) as other_error:
             raise UserError(f"output.storage = {address!r} cannot be used: {error}; {other_error}") from error
-        system = fs.PyFileSystem(fs.FSSpecHandler(other))
+        system = fs.PyFileSystem(_handler(other))
     return system, str(path).rstrip("/")
+
+
+def _handler(system: Any) -> Any:
+    """pyarrow's handler of an fsspec file system, whose libraries' own errors become OSError, which is tried again."""
+    from pyarrow import fs
+
+    class Handler(fs.FSSpecHandler):
+        def __getattribute__(self, name: str) -> Any:
+            found = super().__getattribute__(name)
+            return found if name.startswith("_") or not callable(found) else _with_os_errors(found)
+
+    return Handler(system)
+
+
+def _with_os_errors(work: Callable[..., T]) -> Callable[..., T]:
+    @functools.wraps(work)
+    def call(*arguments: Any, **options: Any) -> T:
+        try:
+            return work(*arguments, **options)
+        except (OSError, NotImplementedError):
+            raise
+        except Exception as error:
+            raise OSError(f"{type(error).__name__}: {error}") from error
+
+    return call
 
 
 class RemoteStore:
@@ -133,6 +160,36 @@ class RemoteStore:
 
     def _again(self, work: Callable[[], T]) -> T:
         return retry(work, self.waits, self.address)
+
+
+class StoredLease:
+    """The lease of a run in an object store: see `hold_lease`.
+
+    Args:
+        address: the run's address, for people.
+        system: a pyarrow file system.
+        path: the run's path in it.
+    """
+
+    # A write costs money here, and may be late.
+    beat_s, silence_s = 20.0, 100.0
+
+    def __init__(self, address: str, system: Any, path: str) -> None:
+        self.where, self._system, self._path = address, system, f"{path}/{LEASE_FILE}"
+
+    def read(self) -> str:
+        if not self._system.get_file_info(self._path).is_file:
+            return ""
+        with self._system.open_input_stream(self._path) as stream:
+            return bytes(stream.read()).decode(errors="replace")
+
+    def write(self, text: str) -> None:
+        self._system.create_dir(self._path.rpartition("/")[0], recursive=True)
+        with self._system.open_output_stream(self._path) as stream:
+            stream.write(text.encode())
+
+    def remove(self) -> None:
+        self._system.delete_file(self._path)
 
 
 class Mirror:

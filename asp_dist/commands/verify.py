@@ -13,7 +13,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--train", type=str, default="train", help="name of the training split.")
     parser.add_argument("--val", type=str, default="val", help="name of the validation split.")
     parser.add_argument("--manifest", type=str | None, default=None, help="folder for manifests of the files that decode.")
-    parser.add_argument("--drop", type=str, nargs="*", default=[], help="left out of them too: cmyk, duplicate.")
+    parser.add_argument("--drop", type=str, nargs="*", default=[], help="left out of them too: cmyk, huge, duplicate.")
     parser.add_argument("--threads", type=int | None, default=None, help="decoding threads; default: all cores.")
     parser.add_argument("--quiet", action="store_true", help="show no progress.")
 
@@ -44,6 +44,8 @@ def run(
         progress=not quiet,
         on_finding=show,
     )
+    for note in found.notes:
+        print(f"note: {note}")
     counts = ", ".join(f"{count} {kind}" for kind, count in found.counts().items() if count)
     print(f"{found.files:,} files: {counts or 'nothing wrong'}")
     if manifest is not None:

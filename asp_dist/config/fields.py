@@ -384,6 +384,7 @@ class TrackingConfig:
         entity: wandb user or team.
         group: wandb group.
         tags: wandb tags.
+        upload_model: store the finished network in wandb, besides its configuration and table of layers.
         timeout_s: seconds to wait for the wandb server before going offline.
         layers_every: optimizer steps between logged layer statistics; 0: at evaluations only.
         layer_accuracy_images: images per layer for the accuracy with that layer made dense; 0: off.
@@ -395,6 +396,7 @@ class TrackingConfig:
     entity: str | None = None
     group: str | None = None
     tags: tuple[str, ...] = ()
+    upload_model: bool = True
     timeout_s: float = 10.0
     layers_every: int = 0
     layer_accuracy_images: int = 0

@@ -113,7 +113,7 @@ class Page:
         """The whole page. It contains plotly's own script, about 4.8 MB."""
         from plotly.offline import get_plotlyjs
 
-        data = json.dumps(self.figures, separators=(",", ":"), allow_nan=False).replace("</", "<\\/")
+        data = json.dumps(self.figures, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
         return "".join(
             (
                 '<!doctype html><html lang="en"><head><meta charset="utf-8"><link rel="icon" href="data:,">',

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from asp_dist.config import Config
+from asp_dist.errors import UserError
 from asp_dist.pruning.names import LayerRow
 from asp_dist.tracking.console import duration
 from asp_dist.tracking.layer_rows import LayerFile, read_layers
@@ -222,9 +223,18 @@ def build_tracker(config: Config, run_dir: Path, *, rank: int, resume_step: int 
     if rank != 0:
         return Tracker()
     run_dir.mkdir(parents=True, exist_ok=True)
-    run = wandb_run.start(config, run_dir)
+    run: wandb_run.WandbRun | None = None
+    problem = ""
+    try:
+        run = wandb_run.start(config, run_dir)
+    except UserError:
+        raise
+    except Exception as error:  # its service does not start, or fails: no reason not to train
+        problem = f"wandb does not track this run ({type(error).__name__}: {error}); the record is in {run_dir / METRICS_FILE}"
     metrics = MetricsFile(run_dir / METRICS_FILE, resume_step)
     tracker = RunTracker(run_dir, metrics, LayerFile(run_dir, resume_step), run)
+    if problem:
+        tracker.log(resume_step, {"event": "tracking", "message": problem})
     if run and run.mode.reason:
         message = f"wandb tracks this run offline: {run.mode.reason}. Upload it later: {wandb_run.sync_line(run_dir)}"
         tracker.log(resume_step, {"event": "tracking", "message": message})

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+from asp_dist.checkpoint.folder_lock import hold_lease, place_of
 from asp_dist.checkpoint.format import Manifest, versions
 from asp_dist.checkpoint.manager import CheckpointManager, Event, Found
 from asp_dist.checkpoint.record import run_dir
-from asp_dist.checkpoint.remote_storage import Mirror, RemoteStore, open_storage
+from asp_dist.checkpoint.remote_storage import Mirror, RemoteStore, StoredLease, open_storage
 from asp_dist.checkpoint.storage import LocalStore, Store
 from asp_dist.config import Config, differences, to_dict
 from asp_dist.errors import UserError
@@ -70,6 +72,25 @@ def build_mirror(config: Config) -> Mirror | None:
         return None
     system, path = open_storage(config.output.storage)
     return Mirror(system, f"{path}/{config.name}", run_dir(config))
+
+
+@contextmanager
+def hold_storage(config: Config, wait_s: float) -> Iterator[None]:
+    """Hold the run's place in ``output.storage``, if it has one, against other machines; for rank 0, who has its folder.
+
+    Raises:
+        FolderBusy: another machine still writes there; names it.
+        OSError: the store does not answer.
+    """
+    if config.output.storage is None:
+        yield
+        return
+    system, path = open_storage(config.output.storage)
+    address = f"{config.output.storage.split('?')[0].rstrip('/')}/{config.name}"
+    lease = StoredLease(address, system, f"{path}/{config.name}")
+    retry(lease.read, WAITS_S, address)
+    with hold_lease(lease, wait_s, place=place_of(run_dir(config)), beat_s=lease.beat_s, silence_s=lease.silence_s):
+        yield
 
 
 def fetch_record(config: Config) -> None:

@@ -54,6 +54,7 @@ def train(config: Config, world: World, hooks: Hooks | None = None) -> dict[str,
     allow_many_files()
     with ExitStack() as held:
         world.on_main(lambda: held.enter_context(hold_folder(run_dir(config), hooks.folder_wait_s)))
+        world.on_main(lambda: held.enter_context(checkpointing.hold_storage(config, hooks.folder_wait_s)))
         return _train(config, world, hooks)
 
 

@@ -23,16 +23,17 @@ from small_runs import StopAt, small_config
 from test_checkpoint import keep, manifest, save, state
 
 from asp_dist.checkpoint import remote_storage
+from asp_dist.checkpoint.folder_lock import FolderBusy, hold_lease, place_of
 from asp_dist.checkpoint.format import read_checkpoint
 from asp_dist.checkpoint.manager import CheckpointManager
 from asp_dist.checkpoint.record import run_dir
-from asp_dist.checkpoint.remote_storage import RemoteStore, open_storage
+from asp_dist.checkpoint.remote_storage import RemoteStore, StoredLease, open_storage
 from asp_dist.config import Config, OutputConfig
 from asp_dist.errors import UserError
 from asp_dist.tracking import read_rows
 from asp_dist.tracking.tracker import RunTracker
 from asp_dist.training import checkpointing
-from asp_dist.training.hooks import Stopped
+from asp_dist.training.hooks import Hooks, Stopped
 from asp_dist.training.trainer import train
 from asp_dist.training.world import World
 
@@ -303,7 +304,6 @@ def test_a_machine_with_an_old_folder_takes_the_longer_record(address: str, tmp_
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_results_that_the_store_lacks_are_copied_at_the_next_start(address: str, tmp_path: Path) -> None:
     """The machine was lost after the run had ended, before its results were copied."""
     config = stored(small_config(tmp_path), address)
@@ -342,3 +342,65 @@ def test_another_run_of_the_same_name_in_the_store_is_refused(address: str, tmp_
         train(mine, World(), StopAt(3))
     with pytest.raises(UserError, match="has another run called 'run'"):
         train(stored(mine, address), World())
+
+
+def test_two_machines_do_not_write_to_one_run(address: str, tmp_path: Path) -> None:
+    """Each with a folder of its own. A dead one's lease is taken after a silence, or at once from the same folder."""
+    system, path = open_storage(address)
+    times: dict[str, Any] = {"beat_s": 0.2, "silence_s": 2.0}
+    mine, theirs = (StoredLease("s3://runs/run", system, f"{path}/run") for _ in range(2))
+    with hold_lease(mine, 0.0, place="here", **times):
+        began = time.monotonic()
+        busy = pytest.raises(FolderBusy, match=rf"still writes to s3://runs/run: process {os.getpid()} on \S+, since 20")
+        with busy, hold_lease(theirs, 0.0, place="there", **times):
+            pass
+        assert time.monotonic() - began > 2.0
+        left = mine.read()
+    assert mine.read() == ""
+    for place, silence in (("here", 0.0), ("there", 2.0)):
+        mine.write(left)  # as a killed machine leaves it
+        began = time.monotonic()
+        with hold_lease(theirs, 0.0, place=place, **times):
+            assert time.monotonic() - began > silence
+    assert place_of(tmp_path) == place_of(tmp_path)
+
+
+def test_a_run_holds_its_place_in_the_store_while_it_trains(address: str, tmp_path: Path) -> None:
+    config = stored(small_config(tmp_path, training__max_steps=2), address)
+    system, path = open_storage(address)
+    seen: list[bool] = []
+
+    class Look(Hooks):
+        def after_step(self, run: Any) -> None:
+            seen.append(system.get_file_info(f"{path}/run/.lease").is_file)
+
+    train(config, World(), Look())
+    assert seen == [True, True]
+    assert not system.get_file_info(f"{path}/run/.lease").is_file
+
+
+def test_a_library_that_raises_errors_of_its_own_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As botocore and Google's client do; here fsspec's memory with a patched call."""
+    from fsspec.implementations.memory import MemoryFileSystem  # type: ignore[import-untyped]
+
+    class ClientError(Exception):
+        pass
+
+    attempts: list[str] = []
+    info = MemoryFileSystem.info
+
+    def fails_once(system: Any, path: str, **more: Any) -> Any:
+        attempts.append(path)
+        if len(attempts) == 1:
+            raise ClientError("SlowDown")
+        return info(system, path, **more)
+
+    system, path = open_storage("memory://asked-again")
+    store = RemoteStore("memory://asked-again", system, f"{path}/checkpoints", waits=(0.05,))
+    save(store, 1)  # type: ignore[arg-type]
+    monkeypatch.setattr(MemoryFileSystem, "info", fails_once)
+    with pytest.raises(OSError, match="ClientError: SlowDown"):
+        system.get_file_info(path)
+    attempts.clear()
+    assert store.names() == ["step-00000001"]
+    assert len(attempts) > 1

@@ -59,7 +59,7 @@ def test_every_kind_is_found_and_nothing_else(root: Path) -> None:
     report = verify(root, progress=False, manifest=root / "clean", drop=("cmyk", "duplicate"), on_finding=seen.append)
     assert tuple(seen) == report.findings and report.undecodable == 5
     assert {f.place: f.kind for f in report.findings} == expected
-    assert report.counts() == dict(zip(KINDS, [1, 1, 2, 1, 1, 2]))
+    assert report.counts() == dict(zip(KINDS, [1, 1, 2, 1, 1, 0, 2]))
     leak = next(f for f in report.findings if f.place.endswith("leak.jpg"))
     assert leak.split == "val" and leak.detail == f"of {root / 'train' / 'dog' / '0.jpg'}"
     clean = open_data_set(config(root / "clean"))
@@ -124,3 +124,30 @@ def test_verify_reads_shards_and_manifests(tmp_path: Path) -> None:
     assert (os.path.realpath(found.place), found.kind) == (str(victim), "truncated")
     (found,) = verify(tmp_path / "shards", progress=False).findings
     assert found.place == f"000000003.png in shard {tmp_path / 'shards' / 'train-000000.tar'}"
+
+
+def test_huge_images_empty_classes_and_what_is_not_taken_are_named(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train = root / "train"
+    Image.new("1", (12_000, 8_000)).save(train / "cat" / "wide.png")
+    (train / "c").mkdir()
+    (train / "cat" / "more").mkdir()
+    Image.new("RGB", (8, 8)).save(train / "cat" / "more" / "lost.png")
+    (train / "cat" / "._1.jpg").write_bytes(b"macOS")
+    (train / "cat" / "readme.txt").write_text("hello")
+    assert main(["verify", str(root), "--quiet"]) == 0
+    out = capsys.readouterr().out
+    assert "huge          " in out and "12000 × 8000 pixels" in out
+    notes = [line for line in out.splitlines() if line.startswith("note: ")]
+    assert "note: 1 classes have no image in train: c" in notes and "note: 1 classes have no image in val: c" in notes
+    assert {Path(line.removeprefix("note: ").split(" is ")[0]).name for line in notes[1:] if " is " in line} == {
+        *("more", "._1.jpg", "readme.txt"),
+    }
+
+
+def test_a_manifest_in_a_linked_folder_finds_its_files(root: Path, tmp_path: Path) -> None:
+    deep = tmp_path / "one" / "two" / "three"
+    deep.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(deep)
+    verify(root, manifest=tmp_path / "link", progress=False)
+    opened = open_data_set(config(tmp_path / "link"))
+    assert opened.train.read(0) == open_data_set(config(root)).train.read(0)

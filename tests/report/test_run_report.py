@@ -39,6 +39,15 @@ def figures(page: str) -> dict[str, Any]:
     return parsed
 
 
+def test_no_name_ends_the_pages_data(tmp_path: Path) -> None:
+    """In a script element, ``<!--<script>`` hides the end of the element; a browser would show no picture."""
+    run = make_run(tmp_path / "a<!--<script>b")
+    page = write_report([run]).read_text(encoding="utf-8")
+    data = page.split('type="application/json">')[1].split("</script>")[0]
+    assert "<" not in data
+    assert len(figures(page)) == 12
+
+
 def test_report_holds_every_picture_and_the_events(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     page = write_report([run]).read_text(encoding="utf-8")

@@ -1,11 +1,13 @@
 """A run that is killed again and again, at random, and has to end right all the same.
 
-    python tests/tools/soak.py [--kills 20] [--minutes 30] [--seed 0] [--folder DIR]
+    python tests/tools/soak.py [--kills 20] [--workers 2 4] [--minutes 30] [--seed 0] [--folder DIR]
 
 Kills workers, Ray Train's controller and the driver itself with SIGKILL, and now and then stops the run with SIGTERM, at random
-moments behind its first step; a driver that has ended is started again by the same command. At the end there must be the
-right number of epochs and samples, one row for each step, exactly the budget, and no process, placement group or file left
-over. Prints what it did and the verdict as JSON; exits with 1 if something is wrong.
+moments behind its first step. A driver that has ended is started again by the same command, but for the number of workers, any
+between the given two, and for where checkpoints go: to an object store at some starts, to the run's folder at others. Twice the
+newest checkpoint is damaged before. At the end there must be the right number of epochs and images, one row for each step,
+exactly the budget, no process or file left over, and, with one number of workers (`--workers 2 2`), the weights of a run that
+nobody disturbed, bit for bit. Prints what it did and the verdict as JSON; exits with 1 if something is wrong.
 """
 
 from __future__ import annotations
@@ -22,10 +24,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from processes import below, processes
+from safetensors.torch import load_file
 
-EPOCHS, SAMPLES, BATCH = 60, 448, 56
+EPOCHS, SAMPLES, BATCH = 60, 384, 48
+DAMAGES = 2
 
 CONFIG: dict[str, Any] = {
     "name": "soak",
@@ -55,18 +60,46 @@ def last_step(run_dir: Path) -> int:
 class Soak:
     """One run, its driver, and who may be killed."""
 
-    def __init__(self, folder: Path, seed: int) -> None:
-        self.folder, self.random = folder, random.Random(seed)
+    def __init__(self, folder: Path, seed: int, workers: tuple[int, int]) -> None:
+        self.folder, self.random, self.workers = folder, random.Random(seed), workers
         self.config = folder / "soak.yaml"
         self.config.write_text(yaml.safe_dump({**CONFIG, "output": {**CONFIG["output"], "dir": str(folder)}}))
         self.run_dir = folder / "soak"
+        self.damaged = self.starts = 0
         self.done: list[str] = []
         self.log = (folder / "driver.log").open("a")
         self.seen: set[int] = set()
         self.driver = self.start()
 
     def start(self) -> subprocess.Popen[bytes]:
-        return subprocess.Popen([sys.executable, "-m", "asp_dist", "train", str(self.config)], stdout=self.log, stderr=self.log)
+        """Start the run, or start it again."""
+        if self.damaged < DAMAGES and self.starts % 2:
+            self.damage()
+        count = self.random.randint(*self.workers)
+        words = ["--cluster.num_workers", str(count)]
+        if self.starts % 4 in (1, 2):
+            words += ["--output.storage", f"file://{self.folder}/store"]
+        self.starts += 1
+        self.note(f"start {self.starts}: {' '.join(words)}")
+        return subprocess.Popen(
+            [sys.executable, "-m", "asp_dist", "train", str(self.config), *words], stdout=self.log, stderr=self.log
+        )
+
+    def damage(self) -> None:
+        """Overwrite some bytes of the newest checkpoint's weights, wherever it lies."""
+        places = (self.run_dir / "checkpoints", self.folder / "store" / "soak" / "checkpoints")
+        found = sorted((p for place in places for p in place.glob("step-*/model.safetensors")), key=lambda p: p.parent.name)
+        if len({path.parent.name for path in found}) < 2:
+            return  # there is none to fall back to
+        self.damaged += 1
+        self.note(f"damaged {found[-1].parent.name}")
+        with found[-1].open("r+b") as file:
+            file.seek(-64, os.SEEK_END)
+            file.write(b"damaged!")
+
+    def note(self, text: str) -> None:
+        """Print what was done, at once."""
+        print(text, flush=True)
 
     def kill(self) -> None:
         """Kill somebody; nothing happens if nobody is there yet."""
@@ -84,7 +117,7 @@ class Soak:
         except ProcessLookupError:
             return
         self.done.append(f"{kind} {how.name} at step {last_step(self.run_dir)}")
-        print(self.done[-1], flush=True)
+        self.note(self.done[-1])
         if kind == "driver":
             self.driver.wait(timeout=120)
 
@@ -113,21 +146,40 @@ class Soak:
         alive = [n for n, _, title in processes() if n in self.seen and "ray" in title]
         if alive:
             wrong.append(f"processes left: {alive}")
+        if self.damaged < DAMAGES:
+            wrong.append(f"{self.damaged} checkpoints were damaged, not {DAMAGES}")
+        state = max((p for p in self.folder.glob("**/step-*/state.json")), key=lambda p: p.parent.name)
+        images = json.loads(state.read_text())["ranks"][0]["meter"]["total_images"]
+        if images != EPOCHS * SAMPLES:
+            wrong.append(f"{images} images were counted, not {EPOCHS * SAMPLES}")
         left = [p.name for p in self.run_dir.iterdir() if p.name == "cluster" or p.name.startswith(".")]
-        left += [p.name for p in (self.run_dir / "checkpoints").iterdir() if not p.name.startswith("step-")]
+        left += [p.name for p in (self.run_dir / "checkpoints").iterdir() if "step-" not in p.name or p.name.startswith(".")]
+        left = [name for name in left if name not in (".lock", ".place")]
+        if self.workers[0] == self.workers[1] and not self.is_undisturbed():
+            wrong.append("the weights are not those of a run that nobody disturbed")
         if left:
             wrong.append(f"files left: {left}")
         return wrong
+
+    def is_undisturbed(self) -> bool:
+        """Whether another run of this configuration ends at the same bits, without any kill."""
+        folder = self.folder / "undisturbed"
+        words = ["--cluster.num_workers", str(self.workers[0]), "--output.dir", str(folder)]
+        command = [sys.executable, "-m", "asp_dist", "train", str(self.config), *words]
+        subprocess.run(command, stdout=self.log, stderr=self.log, check=True)
+        ours, theirs = (load_file(path / "soak" / "model.safetensors") for path in (self.folder, folder))
+        return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--workers", type=int, nargs=2, default=(2, 4), metavar=("LEAST", "MOST"))
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=None)
     options = parser.parse_args()
-    soak = Soak(options.folder or Path(tempfile.mkdtemp(prefix="asp-soak-")), options.seed)
+    soak = Soak(options.folder or Path(tempfile.mkdtemp(prefix="asp-soak-")), options.seed, tuple(options.workers))
     deadline = time.monotonic() + 60 * options.minutes
     before = -1
     while soak.driver.poll() != 0 and time.monotonic() < deadline:

@@ -26,8 +26,9 @@ from asp_dist.pruning.names import LayerRow
 from asp_dist.tracking import Tail, build_tracker, read_layers, read_rows
 from asp_dist.tracking.layer_rows import LayerHistory, read_history
 from asp_dist.tracking.rows import MetricsFile
+from asp_dist.tracking.schema import METRICS_FILE
 from asp_dist.tracking.tracker import Heartbeat
-from asp_dist.tracking.wandb import transaction_log
+from asp_dist.tracking.wandb import transaction_log, wandb_run
 from asp_dist.tracking.wandb.login import api_key
 from asp_dist.tracking.wandb.wandb_run import run_id, sync_line
 
@@ -395,3 +396,62 @@ def test_thinned_history_keeps_the_last_evaluation() -> None:
     assert len(thin.steps) <= 7
     assert thin.steps[-1] == 99
     assert thin.series["measured_sparsity"][-1] == [0.99]
+
+
+def test_a_wandb_that_does_not_start_is_no_reason_not_to_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its service fails in wandb.init; a patched call."""
+
+    def fails(*arguments: Any) -> None:
+        raise RuntimeError("the service process is not there")
+
+    monkeypatch.setattr(wandb_run, "_init", fails)
+    tracker = build_tracker(offline(), tmp_path, rank=0)
+    tracker.log(1, {"kind": "train", "train/loss": 1.0})
+    tracker.finish()
+    first, second = read_rows(tmp_path / METRICS_FILE)[:2]
+    assert "wandb does not track this run (RuntimeError: the service process is not there)" in first["message"]
+    assert second["train/loss"] == 1.0
+
+
+def test_a_damaged_wandb_file_is_read_up_to_the_damage(tmp_path: Path) -> None:
+    tracker = build_tracker(offline(), tmp_path, rank=0)
+    for step in range(1, 6):
+        tracker.log(step, {"kind": "train", "train/loss": 1.0})
+    tracker.finish()
+    (path,) = transaction_log.run_files(tmp_path, run_id(tmp_path))
+    data = path.read_bytes()
+    whole = [record.WhichOneof("record_type") for record in transaction_log.records(path)]
+    (start,) = {data.index(frame) for frame in list(transaction_log.frames(data))[-3:-2]}
+    path.write_bytes(data[:start] + b"\xff" * 8 + data[start + 8 :])
+    assert [record.WhichOneof("record_type") for record in transaction_log.records(path)] == whole[:-3]
+    again = build_tracker(offline(), tmp_path, rank=0, resume_step=5)
+    again.log(6, {"kind": "train", "train/loss": 1.0})
+    again.finish()
+
+
+def test_a_deleted_wandb_run_goes_on_under_a_new_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What wandb's server says to such an id, from its source; the server itself is not here."""
+    ids: list[str] = []
+
+    def deleted(config: Config, run_dir: Path, mode: str, init_timeout: float) -> str:
+        ids.append(wandb_run.run_id(run_dir))
+        if len(ids) == 1:
+            raise RuntimeError("run me/asp-dist/x was previously created and deleted; try a new run name")
+        return "a run"
+
+    monkeypatch.setattr(wandb_run, "_init", deleted)
+    assert wandb_run._init_or_replace(offline(), tmp_path, 5.0) == "a run"
+    assert len(set(ids)) == 2 and wandb_run.run_id(tmp_path) == ids[1]
+
+
+@pytest.mark.parametrize("upload", [True, False])
+def test_the_network_goes_to_wandb_by_a_switch(tmp_path: Path, upload: bool) -> None:
+    tracker = build_tracker(offline(upload_model=upload), tmp_path, rank=0)
+    for name in ("config.yaml", "model.safetensors", "layers.json"):
+        (tmp_path / name).write_text("{}")
+    tracker.log(1, {"kind": "train", "train/loss": 1.0})
+    tracker.finish({"top1": 1.0})
+    (path,) = transaction_log.run_files(tmp_path, run_id(tmp_path))
+    artifacts = [r.artifact.type for r in transaction_log.records(path) if r.WhichOneof("record_type") == "artifact"]
+    assert ("model" in artifacts) == upload
+    assert "config" in artifacts

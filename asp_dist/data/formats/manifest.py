@@ -83,7 +83,8 @@ def write_manifest(samples: Samples, path: Path, *, keep: IndexArray | None = No
     """
     check(samples.shard is None, "data: shards have their own index and need no manifest")
     indices = np.arange(len(samples)) if keep is None else keep
-    prefix = os.fsencode(os.path.relpath(samples.root, path.parent))
+    # Where a folder is a link, the way up from it starts where it points to.
+    prefix = os.fsencode(os.path.relpath(os.path.realpath(samples.root), os.path.realpath(path.parent)))
     prefix = b"" if prefix == b"." else prefix + b"/"
     names = samples.names.take(indices)
     for name in names:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,6 +15,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from asp_dist.config import DataConfig
+from asp_dist.data.formats.folder import EXTENSIONS, class_folders
 from asp_dist.data.formats.manifest import write_classes, write_manifest
 from asp_dist.data.images import default_threads
 from asp_dist.data.info import DataSet, open_data_set
@@ -20,10 +23,12 @@ from asp_dist.data.prepare.progress import progress_bar
 from asp_dist.data.samples import Samples
 from asp_dist.errors import check
 
-Kind = Literal["unreadable", "empty", "not an image", "truncated", "cmyk", "duplicate"]
+Kind = Literal["unreadable", "empty", "not an image", "truncated", "cmyk", "huge", "duplicate"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-# What a network can be trained on all the same: the official ImageNet has both.
-HARMLESS: tuple[Kind, ...] = ("cmyk", "duplicate")
+# What a network can be trained on all the same: the official ImageNet has the first and the last.
+HARMLESS: tuple[Kind, ...] = ("cmyk", "huge", "duplicate")
+# Decoded, such an image takes 270 MB, and several are decoded at once.
+HUGE_PIXELS = 89_478_485
 DECODABLE = frozenset({"JPEG", "MPO", "PNG", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000"})
 
 
@@ -48,10 +53,14 @@ class Finding:
 
 @dataclass(frozen=True)
 class Report:
-    """What `verify` found: `findings` in the order of the splits and samples, and the number of files looked at."""
+    """What `verify` found: `findings` in the order of the splits and samples, the number of files looked at, and `notes`.
+
+    The notes are of folders and files that no training takes.
+    """
 
     findings: tuple[Finding, ...]
     files: int
+    notes: tuple[str, ...] = ()
 
     @property
     def undecodable(self) -> int:
@@ -70,11 +79,15 @@ def classify(encoded: bytes) -> tuple[Kind, str] | None:
     if not encoded:
         return "empty", "0 bytes"
     try:
-        with Image.open(io.BytesIO(encoded)) as image:
+        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(encoded)) as image:
             if image.format not in DECODABLE:
                 return "not an image", f"{image.format}, which DALI does not decode"
-            mode = image.mode
+            mode, pixels = image.mode, image.width * image.height
+            if pixels > HUGE_PIXELS:
+                return "huge", f"{image.width} × {image.height} pixels"
             image.load()
+    except Image.DecompressionBombError as error:
+        return "huge", str(error)
     except UnidentifiedImageError:
         return "not an image", "unrecognized image format"
     except Exception as error:  # PIL raises OSError, SyntaxError, ValueError and more for broken files
@@ -165,4 +178,21 @@ def verify(
             dropped = [f.index for f in findings if f.split == split and (f.kind not in HARMLESS or f.kind in drop)]
             write_manifest(samples, folder / f"{split}.tsv", keep=np.delete(np.arange(len(samples)), dropped))
         write_classes(folder, data_set.info.classes, data_set.info.names)
-    return Report(findings, total)
+    return Report(findings, total, tuple(_notes(Path(root), data_set, train, val)))
+
+
+def _notes(root: Path, data_set: DataSet, train: str, val: str) -> Iterator[str]:
+    """Classes without an image, and what lies in class folders and is none."""
+    for split, samples in ((train, data_set.train), (val, data_set.val)):
+        counts = np.bincount(samples.labels, minlength=len(data_set.info.classes))
+        bare = [data_set.info.classes[index] for index in np.flatnonzero(counts == 0)]
+        if bare:
+            yield f"{len(bare)} classes have no image in {split}: {', '.join(bare[:5])}{', ...' if len(bare) > 5 else ''}"
+        if data_set.info.format != "folder":
+            continue
+        for folder in class_folders(root / split):
+            for entry in sorted(os.scandir(root / split / folder), key=lambda entry: entry.name):
+                if entry.is_dir():
+                    yield f"{entry.path} is a folder inside of a class: its files are not taken"
+                elif entry.name.startswith(".") or os.path.splitext(entry.name)[1].lower() not in EXTENSIONS:
+                    yield f"{entry.path} is no image by its name: it is not taken"

@@ -6,12 +6,15 @@ A resumed run reads how far its own record reaches, so that no step is logged tw
 from __future__ import annotations
 
 import json
+import logging
 import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from asp_dist.tracking.schema import EVAL, LAYERS, TRAIN, VAL
+
+log = logging.getLogger(__name__)
 
 BLOCK = 32768
 FILE_HEADER = 7  # ":W&B", two bytes of magic, one of version
@@ -38,12 +41,17 @@ def frames(data: bytes) -> Iterator[bytes]:
 
 
 def records(path: Path) -> Iterator[Any]:
-    """wandb's protobuf `Record` messages in one ``.wandb`` file."""
+    """wandb's protobuf `Record` messages in one ``.wandb`` file; ends where it is damaged."""
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
     from wandb.proto import wandb_internal_pb2
 
     for frame in frames(path.read_bytes()):
         record = wandb_internal_pb2.Record()  # type: ignore[attr-defined]
-        record.ParseFromString(frame)
+        try:
+            record.ParseFromString(frame)
+        except DecodeError as error:
+            log.warning("%s is damaged (%s): what comes after is not read", path, error)
+            return
         yield record
 
 

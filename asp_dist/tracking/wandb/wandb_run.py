@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import string
@@ -17,6 +18,9 @@ from asp_dist.tracking.schema import CONFIG_FILE, EVENT, LAYERS_FILE, MODEL_FILE
 from asp_dist.tracking.wandb import layer_charts, transaction_log
 from asp_dist.tracking.wandb.login import Mode, resolve
 
+log = logging.getLogger(__name__)
+
+ID_FILE = "wandb_id"
 STEP = "global_step"
 MAX_SCALARS = 38  # of our own; a web page with hundreds of charts opens slowly (wandb#4759)
 FINISH_TIMEOUT_S = 120.0
@@ -24,8 +28,8 @@ NOT_SCALARS = ("step", "time", "kind")
 
 
 def run_id(run_dir: Path) -> str:
-    """The run's wandb id: kept in ``wandb_id``, made at the first start."""
-    path = run_dir / "wandb_id"
+    """The run's wandb id: kept in `ID_FILE`, made at the first start."""
+    path = run_dir / ID_FILE
     if not path.exists():
         letters = string.ascii_lowercase + string.digits
         path.write_text("".join(secrets.choice(letters) for _ in range(8)) + "\n", encoding="utf-8")
@@ -45,9 +49,10 @@ class WandbRun:
     offline by several starts, stay in order when they are uploaded.
     """
 
-    def __init__(self, run: Any, mode: Mode, last_steps: dict[str, int]) -> None:
+    def __init__(self, run: Any, mode: Mode, last_steps: dict[str, int], *, upload_model: bool = True) -> None:
         self.run = run
         self.mode = mode
+        self._upload_model = upload_model
         self._last_steps = last_steps
         self._scalars: set[str] = set()
 
@@ -77,7 +82,7 @@ class WandbRun:
         """Store summary and artifacts, and wait for the upload for `FINISH_TIMEOUT_S` at most."""
         self.run.summary.update({key: value for key, value in summary.items() if value is not None})
         if exit_code == 0:
-            _log_artifacts(self.run, run_dir, summary)
+            _log_artifacts(self.run, run_dir, summary, model=self._upload_model)
         self.run.finish(exit_code=exit_code)
 
 
@@ -122,6 +127,21 @@ def _init(config: Config, run_dir: Path, mode: str, init_timeout: float) -> Any:
     )
 
 
+def _init_or_replace(config: Config, run_dir: Path, init_timeout: float) -> Any:
+    """wandb's run online; under a new id if someone deleted the one before: the server takes none of its name again."""
+    import wandb
+
+    try:
+        return _init(config, run_dir, "online", init_timeout)
+    except Exception as error:
+        if "deleted" not in str(error):
+            raise
+        log.warning("wandb run %s was deleted; going on under a new id", run_id(run_dir))
+        wandb.teardown()
+        (run_dir / ID_FILE).unlink()
+        return _init(config, run_dir, "online", init_timeout)
+
+
 def start(config: Config, run_dir: Path) -> WandbRun | None:
     """Start or resume the run's wandb run; None if tracking by wandb is disabled.
 
@@ -143,7 +163,7 @@ def start(config: Config, run_dir: Path) -> WandbRun | None:
     if mode.name == "online":
         left = max(1.0, config.tracking.timeout_s - (time.monotonic() - began) - 2)
         try:
-            run = _init(config, run_dir, "online", left)
+            run = _init_or_replace(config, run_dir, left)
         except Exception as error:  # no answer, or wandb's own process died of the answer
             wandb.teardown()  # else the id counts as in use
             mode = Mode("offline", f"the wandb server {base_url} did not accept the run: {str(error) or type(error).__name__}")
@@ -155,11 +175,11 @@ def start(config: Config, run_dir: Path) -> WandbRun | None:
         known = {kind: max(reached, known.get(kind, -1)) for kind in ("train", "eval", "layers")}
     run.define_metric(STEP, hidden=True)
     run.define_metric("*", step_metric=STEP)
-    return WandbRun(run, mode, known)
+    return WandbRun(run, mode, known, upload_model=config.tracking.upload_model)
 
 
-def _log_artifacts(run: Any, run_dir: Path, summary: dict[str, Any]) -> None:
-    """The run's config, model and layer table as versioned artifacts; the data set is an input of the run."""
+def _log_artifacts(run: Any, run_dir: Path, summary: dict[str, Any], *, model: bool) -> None:
+    """The run's config, layer table and, with `model`, network as versioned artifacts; the data set is an input of the run."""
     import wandb
 
     data = str(summary.get("data_root") or "")
@@ -169,7 +189,7 @@ def _log_artifacts(run: Any, run_dir: Path, summary: dict[str, Any]) -> None:
     shown = {key: summary.get(key) for key in ("top1", "top5", "sparsity", "target_sparsity", "nonzero_weights")}
     for kind, name in (("config", CONFIG_FILE), ("model", MODEL_FILE), ("layers", LAYERS_FILE)):
         path = run_dir / name
-        if path.exists():
+        if path.exists() and (model or kind != "model"):
             artifact = wandb.Artifact(f"{run.id}-{kind}", type=kind, metadata=shown)
             artifact.add_file(str(path), policy="immutable", skip_cache=True)
             run.log_artifact(artifact)
