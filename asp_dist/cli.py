@@ -23,6 +23,7 @@ from asp_dist.commands import COMMANDS
 from asp_dist.commands.command import Command
 from asp_dist.config import Config, from_dict
 from asp_dist.errors import UserError
+from asp_dist.help_texts import AsWritten, examples, meant, short_help
 
 EXIT_USER, EXIT_FAILURE, EXIT_STOPPED, EXIT_INTERRUPTED = 2, 1, 75, 130
 
@@ -71,7 +72,7 @@ def _describe(error: Exception) -> tuple[int, str]:
     if type(error).__name__ == "Stopped":
         return EXIT_STOPPED, str(error)
     if isinstance(error, ArgumentError):
-        return EXIT_USER, f"error: {_readable(str(error))}"
+        return EXIT_USER, f"error: {_readable(str(error))}{meant(str(error), field_names())}"
     if isinstance(error, UserError):
         return EXIT_USER, f"error: {error}"
     if isinstance(error, FileNotFoundError | PermissionError) and error.filename:
@@ -102,7 +103,10 @@ def _run(arguments: list[str]) -> int:
     arguments = spelled(arguments, parser)
     command = COMMANDS.get(arguments[0])
     if command is not None and command.configured:
-        arguments = _with_config_option(arguments)
+        if {"--help", "-h"} & set(arguments):
+            print(short_help(arguments[0], command))
+            return 0
+        arguments = ["--help" if argument == "--help-all" else argument for argument in _with_config_option(arguments)]
         check_fields(arguments)
     parsed = parser.parse_args(arguments)
     command, options = COMMANDS[parsed.command], parsed[parsed.command]
@@ -181,7 +185,9 @@ def _plain(options: Namespace) -> dict[str, Any]:
 def field_names(cls: type = Config, prefix: str = "") -> list[str]:
     """Dotted names of all fields of the configuration, groups included."""
     names = []
-    for name, kind in typing.get_type_hints(cls).items():
+    hints = typing.get_type_hints(cls)
+    for name in (field.name for field in dataclasses.fields(cls)):
+        kind = hints[name]
         names.append(prefix + name)
         if dataclasses.is_dataclass(kind):
             names.extend(field_names(typing.cast("type", kind), f"{prefix}{name}."))
@@ -245,6 +251,7 @@ def build_parser() -> ArgumentParser:
         epilog="--debug shows a traceback with any error.",
         version=__version__,
         exit_on_error=False,
+        formatter_class=AsWritten,
     )
     _add_commands(parser, COMMANDS)
     return parser
@@ -253,7 +260,7 @@ def build_parser() -> ArgumentParser:
 def _add_commands(parser: ArgumentParser, commands: dict[str, Command]) -> None:
     subcommands = parser.add_subcommands(required=True, dest="command")
     for name, command in commands.items():
-        sub = ArgumentParser(description=command.help, exit_on_error=False)
+        sub = ArgumentParser(description=command.help, epilog=examples(command), exit_on_error=False, formatter_class=AsWritten)
         if command.configured:
             sub.add_argument("--config", action="config", help="YAML file; may be given as the first argument.")
             sub.add_class_arguments(Config, nested_key=None, fail_untyped=True)

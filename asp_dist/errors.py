@@ -37,6 +37,18 @@ def check(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
+def missing_data(root: str) -> UserError:
+    """The error of a data set that is not there; names the command that writes it, as far as its folder tells which it is."""
+    for data_set in ("imagenet", "cifar100", "cifar10"):
+        if data_set in root.lower():
+            source = {"imagenet": "the official archives"}.get(data_set, "torchvision's files")
+            how = f"`asp-dist prepare {data_set} --source DIR --target {root}` writes it from DIR, with {source}"
+            break
+    else:
+        how = "`asp-dist prepare digits` writes a small data set, and any folder with train/CLASS/* and val/CLASS/* will do"
+    return UserError(f"data.root = {root}: there is no such folder. {how}")
+
+
 # Names of options that carry credentials in the addresses that pyarrow and fsspec know.
 _SECRET = re.compile(r"secret|token|passw|credential|private|signature|access_?key|^(sig|key)$", re.IGNORECASE)
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
-from asp_dist import __version__, cli
+from asp_dist import __version__, cli, quick_checks
 from asp_dist.commands import COMMANDS
 from asp_dist.config import Config, config_hash, differences, to_dict
 from asp_dist.pruning import Budget
 
+ROOT = Path(__file__).parents[1]
 CONFIG = "configs/quickstart.yaml"
 
 
@@ -139,9 +142,12 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("command", list(COMMANDS))
 def test_each_command_explains_itself(capsys: pytest.CaptureFixture[str], command: str) -> None:
-    with pytest.raises(SystemExit) as ended:
-        cli.main([command, "--help"])
-    assert ended.value.code == 0
+    if COMMANDS[command].configured:
+        assert cli.main([command, "--help"]) == 0
+    else:
+        with pytest.raises(SystemExit) as ended:
+            cli.main([command, "--help"])
+        assert ended.value.code == 0
     assert command in capsys.readouterr().out
 
 
@@ -170,3 +176,85 @@ def test_the_benches_are_a_group_with_options_of_their_own(capsys: pytest.Captur
     assert "--steps 3" in refusal(capsys, "bench", "data", "data/digits", "--steps", "3")
     assert "bench.data.data" in refusal(capsys, "bench", "data")
     assert "{overhead,data,saving,tracking}" in refusal(capsys, "bench")
+
+
+@pytest.mark.parametrize(
+    ("option", "field"),
+    [
+        ("--lr", "--optimizer.lr"),
+        ("--epochs", "--schedule.epochs"),
+        ("--batch-size", "--data.batch_size"),
+        ("--sparsity", "--budget.sparsity"),
+        ("--gpus", "--cluster.num_workers"),
+        ("--seed", "--training.seed"),
+        ("--weight_decay", "--optimizer.weight_decay"),
+    ],
+)
+def test_a_common_slip_is_told_the_field_that_it_means(capsys: pytest.CaptureFixture[str], option: str, field: str) -> None:
+    assert refusal(capsys, "train", CONFIG, option, "1").endswith(f"did you mean {field}?\n")
+
+
+@pytest.mark.parametrize("command", [name for name, command in COMMANDS.items() if command.configured])
+def test_the_help_of_a_configured_command_is_short_and_its_whole_is_at_hand(
+    capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    assert cli.main([command, "--help"]) == 0
+    short = capsys.readouterr().out
+    assert len(short.splitlines()) < 60 and "--budget.sparsity" in short and f"asp-dist {command} " in short
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help-all"])
+    whole = capsys.readouterr().out
+    assert [name for name in cli.field_names() if "." in name and f"--{name}" not in whole] == []
+
+
+def test_every_command_shows_examples_that_it_understands(tmp_path: Path) -> None:
+    parser = cli.build_parser()
+    for name, command in COMMANDS.items():
+        assert command.examples, name
+        for line, what in command.examples:
+            arguments = cli.spelled(line.split(), parser)
+            parser.parse_args(cli._with_config_option(arguments) if command.configured else arguments)
+            assert what
+
+
+def test_recipes_are_listed_with_a_line_each(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert cli.main(["recipes"]) == 0
+    out = capsys.readouterr().out
+    files = sorted((ROOT / "configs").glob("*.yaml"))
+    assert [line.split()[0] for line in out.splitlines()[: len(files)]] == [file.stem for file in files]
+    assert "there are no recipes" in refusal(capsys, "recipes", "--folder", str(tmp_path))
+
+
+def test_names_read_from_timms_source_are_those_that_it_registers() -> None:
+    """Refusing a name by its source is right as long as this holds."""
+    import timm
+    from timm.optim import list_optimizers
+
+    import asp_dist.models
+
+    assert asp_dist.models is not None
+    assert quick_checks.model_names() == set(timm.list_models(include_tags=False))
+    assert set(list_optimizers()) <= quick_checks.optimizer_names()
+
+
+MISTAKES = {
+    "model": ("--model.name", "resnet19"),
+    "optimizer": ("--optimizer.name", "sdg"),
+    "data": ("--data.root", "/nowhere/imagenet"),
+    "weights": ("--model.weights", "/nowhere/model.safetensors"),
+    "value": ("--optimizer.lr", "-1"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_answered_before_torch_and_timm_are_imported(tmp_path: Path, mistake: str) -> None:
+    """They would take seconds. The right data set's command is named."""
+    (tmp_path / "digits").mkdir()
+    words = ["train", CONFIG, "--data.root", str(tmp_path / "digits"), *MISTAKES[mistake]]
+    code = f"import sys\nfrom asp_dist.cli import main\ncode = main({words})\n"
+    code += "print({'torch', 'timm'} & set(sys.modules))\nsys.exit(code)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "set()\n"), done.stderr
+    assert done.stderr.startswith("error: ") and MISTAKES[mistake][1] in done.stderr
+    if mistake == "data":
+        assert "`asp-dist prepare imagenet --source DIR --target /nowhere/imagenet`" in done.stderr

@@ -20,7 +20,9 @@ PACKAGE = Path(asp_dist.__file__).parent
 ORDER = [
     {"__main__"},
     {"cli"},
+    {"help_texts"},
     {"commands"},
+    {"quick_checks"},
     {"cluster"},
     {"bench", "planning"},
     {"export", "report"},

@@ -13,6 +13,7 @@ from asp_dist.commands import (
     export,
     plan,
     prepare,
+    recipes,
     rehearse,
     report,
     submit,
@@ -21,19 +22,96 @@ from asp_dist.commands import (
 )
 from asp_dist.commands.command import Command
 
+RESNET = "configs/imagenet_resnet50.yaml"
+RUN = "runs/imagenet_resnet50"
+
 COMMANDS: dict[str, Command] = {
-    "train": Command("Train and prune a model.", train.add_arguments, train.run, configured=True),
-    "plan": Command("Estimate what a run will prune and what it will cost.", plan.add_arguments, plan.run, configured=True),
-    "rehearse": Command(
-        "Run a recipe's whole schedule in a few hundred small steps.", rehearse.add_arguments, rehearse.run, configured=True
+    "train": Command(
+        "Train and prune a model.",
+        train.add_arguments,
+        train.run,
+        configured=True,
+        examples=(
+            ("train configs/quickstart.yaml", "the main job, in small"),
+            (f"train {RESNET} --name r95 --budget.sparsity 0.95", "another budget, under a name of its own"),
+            (f"train {RESNET} --dry-run", "three steps, end to end"),
+            ("train configs/quickstart.yaml", "again: goes on where it was stopped"),
+        ),
     ),
-    "submit": Command("Submit a run to a Ray cluster as a job.", submit.add_arguments, submit.run, configured=True),
-    "evaluate": Command("Re-evaluate a run's saved model.", evaluate.add_arguments, evaluate.run),
-    "export": Command("Write a run's model as a sparse file or ONNX.", export.add_arguments, export.run),
-    "report": Command("Write a self-contained HTML report of one or more runs.", report.add_arguments, report.run),
-    "compare": Command("Print the results of several runs side by side.", compare.add_arguments, compare.run),
-    "dashboard": Command("Create a project's wandb dashboard.", dashboard.add_arguments, dashboard.run),
-    "prepare": Command("Write a data set in the form that training reads.", prepare.add_arguments, prepare.run),
-    "verify": Command("Find corrupt files in a data set.", verify.add_arguments, verify.run),
-    "bench": Command("Measure what pruning, loading, saving and tracking cost.", group=bench.GROUP),
+    "plan": Command(
+        "Estimate what a run will prune and what it will cost.",
+        plan.add_arguments,
+        plan.run,
+        configured=True,
+        examples=((f"plan {RESNET} --measure-s 0", "without timing a step"),),
+    ),
+    "rehearse": Command(
+        "Run a recipe's whole schedule in a few hundred small steps.",
+        rehearse.add_arguments,
+        rehearse.run,
+        configured=True,
+        examples=((f"rehearse {RESNET}", "minutes; exit code 1 if something would go wrong"),),
+    ),
+    "submit": Command(
+        "Submit a run to a Ray cluster as a job.",
+        submit.add_arguments,
+        submit.run,
+        configured=True,
+        examples=(
+            (f"submit {RESNET} --address http://HEAD:8265 --root /data --cluster.num_workers 8", "and follow its log"),
+            ("submit --address http://HEAD:8265 --stop JOB", "after a checkpoint"),
+        ),
+    ),
+    "recipes": Command("List the recipes.", recipes.add_arguments, recipes.run, examples=(("recipes", "each with one line"),)),
+    "evaluate": Command(
+        "Re-evaluate a run's saved model.",
+        evaluate.add_arguments,
+        evaluate.run,
+        examples=((f"evaluate {RUN}", "on the data set that it was trained with"),),
+    ),
+    "export": Command(
+        "Write a run's model as a sparse file or ONNX.",
+        export.add_arguments,
+        export.run,
+        examples=((f"export {RUN} --format sparse", "bitmaps and values"), (f"export {RUN} --format onnx", "for runtimes")),
+    ),
+    "report": Command(
+        "Write a self-contained HTML report of one or more runs.",
+        report.add_arguments,
+        report.run,
+        examples=(("report runs/*", "all runs on one page"),),
+    ),
+    "compare": Command(
+        "Print the results of several runs side by side.",
+        compare.add_arguments,
+        compare.run,
+        examples=(("compare runs/*", "a row each"),),
+    ),
+    "dashboard": Command(
+        "Create a project's wandb dashboard.",
+        dashboard.add_arguments,
+        dashboard.run,
+        examples=(("dashboard --project asp-dist", "once per project"),),
+    ),
+    "prepare": Command(
+        "Write a data set in the form that training reads.",
+        prepare.add_arguments,
+        prepare.run,
+        examples=(
+            ("prepare digits", "a small data set that comes with the package"),
+            ("prepare imagenet --source DIR", "from the official archives in DIR; goes on where it was interrupted"),
+            ("prepare manifest --source DIR", "of class folders, so that a start does not walk them"),
+        ),
+    ),
+    "verify": Command(
+        "Find corrupt files in a data set.",
+        verify.add_arguments,
+        verify.run,
+        examples=(("verify data/imagenet --manifest data/clean", "and leave them out"),),
+    ),
+    "bench": Command(
+        "Measure what pruning, loading, saving and tracking cost.",
+        group=bench.GROUP,
+        examples=(("bench overhead --model resnet50", "of pruning, against dense training"),),
+    ),
 }

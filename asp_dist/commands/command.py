@@ -18,6 +18,7 @@ class Command:
 
     Attributes:
         help: one line on what it does.
+        examples: command lines, each with what it does.
         add_arguments: adds its own options to a parser.
         run: called with the parsed options, and with the configuration first if it is configured; returns the exit code.
             None for a group.
@@ -30,3 +31,4 @@ class Command:
     run: Callable[..., int] | None = None
     configured: bool = False
     group: dict[str, Command] = field(default_factory=dict)
+    examples: tuple[tuple[str, str], ...] = ()

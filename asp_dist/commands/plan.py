@@ -8,6 +8,7 @@ import json as json_
 from jsonargparse import ArgumentParser
 
 from asp_dist.config import Config
+from asp_dist.quick_checks import check_quickly
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -18,6 +19,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(config: Config, *, json: bool = False, measure_s: float = 8.0) -> int:
     """Estimate what a run will prune and what it will cost, without training."""
+    check_quickly(config, here=False)
     from asp_dist.planning import estimate_run, print_plan
 
     estimate = estimate_run(config, measure_s=measure_s)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from jsonargparse import ArgumentParser
 
 from asp_dist.config import Config
+from asp_dist.quick_checks import check_quickly
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -28,6 +29,8 @@ def run(
     tls: str | None = None,
 ) -> int:
     """Submit a training run to a Ray cluster as a job; or show a job's status, or stop it."""
+    if status is None and stop is None:
+        check_quickly(config, here=False)
     from asp_dist.cluster import jobs
 
     cluster = jobs.Cluster(address, verify=tls is None or (False if tls == "off" else tls))

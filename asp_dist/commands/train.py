@@ -15,6 +15,7 @@ from jsonargparse import ArgumentParser
 
 from asp_dist.config import Config
 from asp_dist.files import repeating
+from asp_dist.quick_checks import check_quickly
 from asp_dist.tracking.schema import METRICS_FILE
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(config: Config, *, quiet: bool = False, json: bool = False, dry_run: bool = False) -> int:
     """Train and prune, on Ray or in this process, and print the results."""
+    check_quickly(config)
     from asp_dist.tracking import Console
     from asp_dist.training.preflight import preflight
     from asp_dist.training.world import has_rank, init_world, is_one_rank

@@ -10,7 +10,7 @@ from asp_dist.data.formats.folder import class_folders, scan_folder
 from asp_dist.data.formats.manifest import CLASSES, manifest_path, read_classes, read_manifest
 from asp_dist.data.formats.shards import read_shards, shard_files
 from asp_dist.data.samples import Samples
-from asp_dist.errors import UserError, check
+from asp_dist.errors import UserError, check, missing_data
 
 # In the folder of a data set that `asp-dist prepare` writes: what, from what.
 PREPARED = ".prepare.json"
@@ -74,7 +74,7 @@ def open_data_set(data: DataConfig) -> DataSet:
     """
     root = Path(data.root)
     if not root.is_dir():
-        raise UserError(f"data.root = {data.root}: there is no such folder. `asp-dist prepare digits` writes a small data set")
+        raise missing_data(data.root)
     check(
         not (root / PREPARED).is_file() or (root / CLASSES).is_file(),
         f"data.root = {data.root} is incomplete: `asp-dist prepare` began to write it and has not ended; start it again",
