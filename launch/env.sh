@@ -74,6 +74,7 @@ make_env() {
     wait
     compile_packages 0
     printf '%s\n%s\n' "$fingerprint" "$extras" >.venv/.asp-dist
+    echo "Done: .venv/bin/asp-dist, or asp-dist after  source .venv/bin/activate"
 }
 
 if [[ ${BASH_SOURCE[0]} == "$0" ]]; then

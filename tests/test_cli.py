@@ -12,6 +12,7 @@ import yaml
 
 from asp_dist import __version__, cli, quick_checks
 from asp_dist.commands import COMMANDS
+from asp_dist.commands.train import command_here
 from asp_dist.config import Config, config_hash, differences, to_dict
 from asp_dist.pruning import Budget
 
@@ -258,3 +259,12 @@ def test_mistakes_are_answered_before_torch_and_timm_are_imported(tmp_path: Path
     assert done.stderr.startswith("error: ") and MISTAKES[mistake][1] in done.stderr
     if mistake == "data":
         assert "`asp-dist prepare imagenet --source DIR --target /nowhere/imagenet`" in done.stderr
+
+
+def test_the_next_command_can_be_pasted_where_the_environment_is_not_active(monkeypatch: pytest.MonkeyPatch) -> None:
+    bin_folder = Path(sys.executable).parent
+    monkeypatch.setenv("PATH", str(bin_folder))
+    assert command_here() == "asp-dist"
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.chdir(bin_folder.parents[1])
+    assert command_here() == f"{bin_folder.parent.name}/bin/asp-dist"

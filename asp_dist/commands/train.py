@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json as json_
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -138,4 +139,10 @@ def _show_results(config: Config, summary: dict[str, Any], *, quiet: bool, as_js
     if as_json:
         print(json_.dumps({"kind": "summary", **summary}))
     elif not quiet:
-        print_results(summary, read_layers(folder), folder, next_command=f"asp-dist evaluate {folder}")
+        print_results(summary, read_layers(folder), folder, next_command=f"{command_here()} evaluate {folder}")
+
+
+def command_here() -> str:
+    """How ``asp-dist`` can be called from here: by its name where the shell finds it, else by its path."""
+    own = Path(sys.executable).with_name("asp-dist")
+    return "asp-dist" if shutil.which("asp-dist") or not own.exists() else os.path.relpath(own)
