@@ -9,7 +9,7 @@ import socket
 import struct
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,8 @@ class RayHooks(Hooks):
 
     def saved(self, step: int) -> None:
         """Tell Ray Train's controller, who counts failures from there."""
-        self._files.write_progress(step)
+        with suppress(OSError):  # the checkpoint is written all the same
+            self._files.write_progress(step)
 
     def finished(self, run_dir: Path) -> None:
         """Write the report."""

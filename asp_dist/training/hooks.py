@@ -58,7 +58,7 @@ class Hooks:
         """Called on every rank after each optimizer step."""
 
     def saved(self, step: int) -> None:
-        """Called on rank 0, in the background, once a checkpoint is written; a failure there is one of the checkpoint."""
+        """Called on rank 0, in the background, once a checkpoint is written."""
 
     def finished(self, run_dir: Path) -> None:
         """Called on rank 0 once a finished run's files are in `run_dir`, before they go to the storage."""
