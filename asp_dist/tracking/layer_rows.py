@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from asp_dist.files import write_text
 from asp_dist.pruning.names import LayerRow
-from asp_dist.tracking.rows import MetricsFile, plain, read_rows
+from asp_dist.tracking.rows import MetricsFile, outliving, plain, read_rows
 from asp_dist.tracking.schema import LAYERS, LAYERS_FILE, LAYERS_HISTORY_FILE
 
 # One row per layer, in this order in every table that is shown.
@@ -110,7 +110,8 @@ class LayerFile:
         if written is None:
             return False
         self.history.add(step, written)
-        write_json(self.run_dir / LAYERS_FILE, rows)
+        with outliving(self.run_dir / LAYERS_FILE):  # the next evaluation writes it anew
+            write_json(self.run_dir / LAYERS_FILE, rows)
         return True
 
     def close(self) -> None:

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import time
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from asp_dist.errors import may_pass
+from asp_dist.files import WAITS_S, retry
 from asp_dist.tracking.schema import EVAL, EVENT, TRAIN, VAL
+
+log = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 
@@ -79,15 +86,28 @@ class MetricsFile:
             return None
         self.last_step[kind] = step
         written = {"step": step, "kind": kind, "time": round(time.time(), 3), **{k: plain(v) for k, v in row.items()}}
-        self._file.write(json.dumps(written, allow_nan=False) + "\n")
-        self._file.flush()
+        with outliving(self.path):  # the file keeps what it could not write, and writes it with the next row
+            self._file.write(json.dumps(written, allow_nan=False) + "\n")
+            self._file.flush()
         return written
 
     def close(self) -> None:
         """Write through to the disk and close; a second call does nothing."""
         if not self._file.closed:
+            retry(self._file.flush, WAITS_S, str(self.path))
             os.fsync(self._file.fileno())
             self._file.close()
+
+
+@contextmanager
+def outliving(path: Path) -> Iterator[None]:
+    """Go on training where the record at `path` cannot be written for a while; a fault that stays is raised."""
+    try:
+        yield
+    except OSError as error:
+        if not may_pass(error):
+            raise
+        log.warning("%s cannot be written now: %s", path, error)
 
 
 def _truncate(path: Path, resume_step: int) -> list[Row]:
