@@ -61,6 +61,7 @@ class Soak:
     """One run, its driver, and who may be killed."""
 
     def __init__(self, folder: Path, seed: int, workers: tuple[int, int]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.random, self.workers = folder, random.Random(seed), workers
         self.config = folder / "soak.yaml"
         self.config.write_text(yaml.safe_dump({**CONFIG, "output": {**CONFIG["output"], "dir": str(folder)}}))
