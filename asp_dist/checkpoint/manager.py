@@ -191,6 +191,20 @@ class CheckpointManager:
             )
         return None
 
+    def best(self) -> Found | None:
+        """The checkpoint of the best validation, as far as it is in the manager's own store and sound; None: there is none.
+
+        Raises:
+            OSError: it cannot be read now.
+        """
+        for name in reversed(self._names(self.store)):
+            try:
+                if read_manifest(self.store, name).best:
+                    return Found(name, self.store, *self.load(name))
+            except CheckpointError as error:
+                self._events.append(Event(WARNING, f"{error}; it is not the best then"))
+        return None
+
     def load(self, name: str, place: Store | None = None) -> tuple[Manifest, dict[str, Any]]:
         """The checkpoint of that name in `place`, or in the manager's own store.
 

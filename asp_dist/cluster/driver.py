@@ -175,7 +175,7 @@ class _Launch:
         elastic = cluster.min_workers is not None
         trainer = ClusterTrainer(
             train_loop_per_worker,
-            train_loop_config=Job(self.config, files, self.train, user_keys.from_environment()),
+            train_loop_config={"job": Job(self.config, files, self.train, user_keys.from_environment())},
             torch_config=ClusterTorchConfig(
                 backend="cpu:gloo,cuda:nccl" if needed.gpus else "gloo", timeout_s=math.ceil(cluster.timeout_s)
             ),

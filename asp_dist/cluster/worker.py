@@ -92,13 +92,17 @@ class RayHooks(Hooks):
         return self._reason or (PREEMPTION if preempted() else None)
 
 
-def train_loop_per_worker(job: Job) -> dict[str, Any]:
+def train_loop_per_worker(settings: dict[str, Job]) -> dict[str, Any]:
     """Train on this rank. Returns ``{"summary": ...}`` or ``{"stopped": [reason, step]}``.
+
+    Args:
+        settings: the `Job`, under the name ``job``: Ray's page on training shows dictionaries alone.
 
     Raises:
         UserError: a mistake that a restart would repeat; recorded for the driver as well.
         Exception: anything the trainer raises; Ray Train restarts the group.
     """
+    job = settings["job"]
     if not job.files.visible():
         raise UserError(
             f"node {socket.gethostname()} does not see the output folder {job.files.run_dir}: "

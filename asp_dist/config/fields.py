@@ -55,6 +55,9 @@ class AugmentConfig:
         repeats: repeated augmentation: how often each image appears in a batch's pool (1 is off).
         mixup: alpha of mixup (0 is off), by timm on the batch.
         cutmix: alpha of cutmix (0 is off), by timm on the batch.
+        mixup_prob: share of the batches that are mixed.
+        mixup_switch_prob: share of those that get cutmix, where both are on.
+        mixup_off_epoch: epoch from which none is mixed; 0: never.
     """
 
     scale: tuple[float, float] = (0.08, 1.0)
@@ -69,14 +72,18 @@ class AugmentConfig:
     repeats: int = 1
     mixup: float = 0.0
     cutmix: float = 0.0
+    mixup_prob: float = 1.0
+    mixup_switch_prob: float = 0.5
+    mixup_off_epoch: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("hflip", "vflip", "erase"):
+        for name in ("hflip", "vflip", "erase", "mixup_prob", "mixup_switch_prob"):
             check_fraction(f"data.augment.{name}", getattr(self, name))
         low, high = self.scale
         check(0 < low <= high <= 1, f"data.augment.scale = {self.scale} must satisfy 0 < low <= high <= 1")
         low, high = self.ratio
         check(0 < low <= high, f"data.augment.ratio = {self.ratio} must satisfy 0 < low <= high")
+        check(self.mixup_off_epoch >= 0, f"data.augment.mixup_off_epoch = {self.mixup_off_epoch} must not be negative")
         check(self.repeats >= 1, f"data.augment.repeats = {self.repeats} must be at least 1")
         check(
             0 <= self.policy_magnitude <= 30,
@@ -160,6 +167,7 @@ class OptimizerConfig:
         lr: learning rate at the start of the schedule, after warm-up.
         weight_decay: weight decay; timm keeps it off biases and norms.
         momentum: momentum, or the first beta.
+        layer_decay: factor on the rate from each group of layers to the one before it, by timm's grouping; None: one rate.
         kwargs: further arguments of the optimizer.
         clip_grad: largest gradient norm; None: no clipping.
     """
@@ -168,12 +176,15 @@ class OptimizerConfig:
     lr: float = 0.1
     weight_decay: float = 5e-4
     momentum: float = 0.9
+    layer_decay: float | None = None
     kwargs: dict[str, Any] = field(default_factory=dict)
     clip_grad: float | None = None
 
     def __post_init__(self) -> None:
         check(self.lr > 0, f"optimizer.lr = {self.lr} must be greater than 0")
         check_positive("optimizer.clip_grad", self.clip_grad)
+        check_fraction("optimizer.layer_decay", self.layer_decay)
+        check_positive("optimizer.layer_decay", self.layer_decay)
 
 
 @dataclass(frozen=True)
@@ -217,6 +228,8 @@ class TrainingConfig:
         channels_last: keep images and convolutions in channels_last memory order.
         compile: compile the model with ``torch.compile``.
         accumulate: micro-batches per optimizer step.
+        loss: ``cross_entropy``, or ``bce``, binary cross-entropy on each class (Wightman et al., arXiv 2110.00476).
+        bce_threshold: targets above it are 1 for ``bce``, others 0; None: as mixup and smoothing make them.
         label_smoothing: label smoothing, in [0, 1).
         ema_decay: decay of the exponential moving average of the weights; None: no average is kept.
         sync_batch_norm: use batch norm statistics of all workers.
@@ -225,6 +238,7 @@ class TrainingConfig:
         log_every: optimizer steps between logged rows.
         max_bad_steps: steps with a non-finite loss or gradient in a row that end the run.
         max_steps: end after this many optimizer steps, regardless of the epochs; for trials.
+        max_minutes: stop so many minutes after the start, with a checkpoint and exit code 75; the same command goes on.
     """
 
     seed: int = 0
@@ -233,6 +247,8 @@ class TrainingConfig:
     channels_last: bool = False
     compile: bool = False
     accumulate: int = 1
+    loss: Literal["cross_entropy", "bce"] = "cross_entropy"
+    bce_threshold: float | None = None
     label_smoothing: float = 0.0
     ema_decay: float | None = None
     sync_batch_norm: bool = False
@@ -241,10 +257,12 @@ class TrainingConfig:
     log_every: int = 10
     max_bad_steps: int = 10
     max_steps: int | None = None
+    max_minutes: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("accumulate", "eval_every", "log_every", "max_bad_steps", "max_steps"):
+        for name in ("accumulate", "eval_every", "log_every", "max_bad_steps", "max_steps", "max_minutes"):
             check_positive(f"training.{name}", getattr(self, name))
+        check_fraction("training.bce_threshold", self.bce_threshold)
         check_fraction("training.label_smoothing", self.label_smoothing, upper_open=True)
         check_fraction("training.ema_decay", self.ema_decay, upper_open=True)
 
@@ -413,6 +431,9 @@ class OutputConfig:
         checkpoint_steps: optimizer steps between checkpoints as well; None: none within an epoch.
         checkpoint_minutes: minutes between checkpoints as well; None: none within an epoch.
         keep: checkpoints to keep, besides the best.
+        select: whose weights become ``model.safetensors``: those of the ``last`` step or their ``average``, as they were in the
+            last validation or in the ``best`` one at the budget (``best``, ``best-average``); ``auto``: the better of the first
+            two. All but ``last`` and ``average`` choose on the validation images, so that the accuracy on them is optimistic.
         storage: address of an object store, such as ``s3://bucket/runs``, for the checkpoints and copies of the
             results, so that a run can resume without its `dir`; None: everything stays in the run's folder.
     """
@@ -422,6 +443,7 @@ class OutputConfig:
     checkpoint_steps: int | None = None
     checkpoint_minutes: float | None = 10.0
     keep: int = 2
+    select: Literal["auto", "last", "average", "best", "best-average"] = "auto"
     storage: str | None = None
 
     def __post_init__(self) -> None:
@@ -475,4 +497,8 @@ class Config:
         check(
             bool(self.name) and "/" not in self.name and self.name[0] not in ".-",
             f"name = {self.name!r} must be a plain folder name, which does not begin with a dot or a hyphen",
+        )
+        check(
+            "average" not in self.output.select or self.training.ema_decay is not None,
+            f"output.select = {self.output.select} needs an average of the weights: set training.ema_decay, such as 0.9998",
         )

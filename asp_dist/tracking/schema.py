@@ -119,6 +119,7 @@ class RunSummary(PruningSummary, total=False):
         val_samples: their number.
         best: the best validation at the budget: ``{"step": ..., "val/top1": ...}``; None: there was none.
         weights: whose weights are in ``model.safetensors``: ``model`` or ``average``.
+        selected: how they were chosen: ``{"by": output.select, "step": ..., "on": "validation" or None}``.
         images_per_second: throughput of all workers.
         epochs: length of the run.
         steps: optimizer steps.
@@ -143,6 +144,7 @@ class RunSummary(PruningSummary, total=False):
     val_samples: int
     best: dict[str, Any] | None
     weights: str
+    selected: dict[str, Any]
     images_per_second: float
     epochs: int
     steps: int

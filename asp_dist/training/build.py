@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from timm.data import Mixup
 from timm.layers import convert_sync_batchnorm
-from timm.loss import SoftTargetCrossEntropy
+from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import OptimInfo, create_optimizer_v2, get_optimizer_info, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from torch import nn
@@ -85,6 +85,8 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Op
     check_optimizer(config.name)
     info = _optimizer_info(config.name)
     kwargs: dict[str, Any] = dict(config.kwargs)
+    if config.layer_decay is not None:
+        kwargs.setdefault("layer_decay", config.layer_decay)
     if "deterministic" in inspect.signature(info.opt_class).parameters:
         kwargs.setdefault("deterministic", True)  # Kron's draws would otherwise differ between ranks, and its weights with them
     if info.has_betas and not info.has_momentum and "betas" not in kwargs:
@@ -183,16 +185,19 @@ def build_mixup(config: Config, num_classes: int) -> Mixup | None:
     return Mixup(
         mixup_alpha=augment.mixup,
         cutmix_alpha=augment.cutmix,
+        prob=augment.mixup_prob,
+        switch_prob=augment.mixup_switch_prob,
         label_smoothing=config.training.label_smoothing,
         num_classes=num_classes,
     )
 
 
 def build_loss(config: Config) -> nn.Module:
-    """The training loss: cross-entropy, against soft targets when mixup makes them."""
-    if config.data.augment.mixup > 0 or config.data.augment.cutmix > 0:
-        return SoftTargetCrossEntropy()
-    return nn.CrossEntropyLoss(label_smoothing=config.training.label_smoothing)
+    """The training loss: timm's binary cross-entropy, or cross-entropy, against soft targets when mixup makes them."""
+    training, mixed = config.training, config.data.augment.mixup > 0 or config.data.augment.cutmix > 0
+    if training.loss == "bce":
+        return BinaryCrossEntropy(0.0 if mixed else training.label_smoothing, target_threshold=training.bce_threshold)
+    return SoftTargetCrossEntropy() if mixed else nn.CrossEntropyLoss(label_smoothing=training.label_smoothing)
 
 
 def build_scaler(config: TrainingConfig, device: torch.device) -> torch.amp.GradScaler | None:

@@ -46,9 +46,8 @@ class Unused:
 
 
 _FROM_FILES = ("data.root", "data.format", "data.train", "data.val")
-_ON_PIXELS = tuple(
-    f"data.augment.{field.name}" for field in dataclasses.fields(AugmentConfig) if field.name not in ("mixup", "cutmix")
-)
+_OF_AUGMENT = tuple(f"data.augment.{field.name}" for field in dataclasses.fields(AugmentConfig))
+_ON_PIXELS = tuple(name for name in _OF_AUGMENT if "mix" not in name)
 _OF_PRUNING = tuple(f"pruning.{field.name}" for field in dataclasses.fields(PruningConfig) if field.name != "enabled")
 UNUSED = (
     Unused(
@@ -67,6 +66,16 @@ UNUSED = (
         "data.backend = synthetic reads and augments no image",
     ),
     Unused(
+        ("data.augment.mixup_prob", "data.augment.mixup_switch_prob", "data.augment.mixup_off_epoch"),
+        lambda config, workers: config.data.augment.mixup == config.data.augment.cutmix == 0,
+        "data.augment.mixup and cutmix are off",
+    ),
+    Unused(
+        ("training.bce_threshold",),
+        lambda config, workers: config.training.loss != "bce",
+        "it is for training.loss = bce",
+    ),
+    Unused(
         ("budget", *_OF_PRUNING),
         lambda config, workers: not config.pruning.enabled,
         "pruning.enabled = False",
@@ -80,7 +89,7 @@ UNUSED = (
 # Fields whose effect is what they make of the steps ahead.
 PLANNED = ("schedule", "training.max_steps", "pruning.ramp")
 # Fields whose effect is what they make of the optimizer's parameter groups; lr, of the schedule's rates.
-OPTIMIZER = ("optimizer.weight_decay", "optimizer.momentum", "optimizer.kwargs")
+OPTIMIZER = ("optimizer.weight_decay", "optimizer.momentum", "optimizer.layer_decay", "optimizer.kwargs")
 # At most about so many of the steps ahead are compared.
 SAMPLES = 1000
 

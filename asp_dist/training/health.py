@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +13,13 @@ from torch.distributed.tensor import DTensor
 from asp_dist.pruning.names import ALLOCATION_AT_BOUNDS, LayerRow
 from asp_dist.tracking.schema import EVENT
 from asp_dist.training.build import FUSED
-from asp_dist.training.hooks import PREEMPTION, RESIZE, Stopped
+from asp_dist.training.hooks import PREEMPTION, RESIZE, TIME_LIMIT, Stopped
 
 if TYPE_CHECKING:
     from asp_dist.training.run import Run
 
 # The reasons to stop that ranks can tell each other, the weightiest last; others arrive as "request".
-REASONS = ("request", RESIZE, PREEMPTION, "SIGTERM", "SIGINT")
+REASONS = ("request", TIME_LIMIT, RESIZE, PREEMPTION, "SIGTERM", "SIGINT")
 
 # What ranks tell each other at every step, by its place: how many of them found the step bad, its loss bad, a checkpoint due,
 # and were asked to stop for each of the reasons.
@@ -190,7 +191,7 @@ def raise_if_stopped(run: Run) -> None:
 
 def _stop_place(run: Run) -> int | None:
     """The flag of the reason to stop that this rank was given."""
-    reason = run.hooks.stop_requested()
+    reason = run.hooks.stop_requested() or (TIME_LIMIT if time.monotonic() > run.deadline else None)
     return None if reason is None else STOP + (REASONS.index(reason) if reason in REASONS else 0)
 
 

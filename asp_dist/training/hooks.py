@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 # Reasons of a stop after which others go on: Ray announced that a machine goes away; the group gets another size.
 PREEMPTION, RESIZE = "preemption", "resize"
+# That of ``training.max_minutes``.
+TIME_LIMIT = "its time limit"
 
 
 class Stopped(RuntimeError):  # noqa: N818

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,6 +104,7 @@ class Run:
         late: whether the host may read a step's flags one step late; see `health.reads_late`.
         watched_until: the step from which it may, after a bad one.
         pending: flags that are on their way to the host.
+        deadline: when to stop, by this process's monotonic clock.
     """
 
     config: Config
@@ -137,6 +139,7 @@ class Run:
     late: bool = False
     watched_until: int = 0
     pending: LateFlags | None = None
+    deadline: float = math.inf
 
     @property
     def steps_per_epoch(self) -> int:
@@ -221,6 +224,7 @@ def build_run(config: Config, world: World, hooks: Hooks, checkpoints: Checkpoin
         identity=identity,
         buffers=BufferGuard(model),
         late=world.device.type == "cuda" and not is_sharded(model),
+        deadline=time.monotonic() + 60.0 * (training.max_minutes or math.inf),
     )
     seed_everything(training.seed + 1000003 * (1 + world.rank))  # each rank draws its own dropout and mixup
     return run

@@ -107,6 +107,8 @@ def train_epoch(run: Run, epoch: int) -> None:
         return  # it was stopped between its last step and its validation
     batches = run.loaders.train.start(epoch, run.step - epoch * run.steps_per_epoch)
     run.ddp_model.train()
+    if run.mixup is not None:
+        run.mixup.mixup_enabled = not 0 < config.data.augment.mixup_off_epoch <= epoch
     while run.step < run.end_of(epoch):
         start = time.perf_counter()
         decision = train_step(run, batches)
@@ -204,7 +206,7 @@ def log_step(run: Run) -> None:
     row: dict[str, float | int | str] = {
         "kind": TRAIN,
         "epoch": run.step / run.steps_per_epoch,
-        LR: run.optimizer.param_groups[0]["lr"],
+        LR: max(group["lr"] for group in run.optimizer.param_groups),
         **run.meter.row(),
     }
     now = run.pruner.snapshot() if run.pruner is not None else None

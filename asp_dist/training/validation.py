@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import json
 import time
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from asp_dist.checkpoint.format import Manifest
 from asp_dist.config import config_hash
 from asp_dist.files import write_text
 from asp_dist.pruning.names import LayerRow
@@ -27,7 +29,7 @@ from asp_dist.tracking.schema import (
 from asp_dist.training import health
 from asp_dist.training.evaluation import evaluate_models
 from asp_dist.training.layer_accuracy import add_to_rows, layer_accuracy, pick_subset
-from asp_dist.training.run import Run, full_state
+from asp_dist.training.run import Run, full_state, load_learned
 from asp_dist.weight_files import save_safetensors
 
 
@@ -98,14 +100,59 @@ def averaged_model(run: Run) -> nn.Module:
     return model
 
 
+@dataclass(frozen=True)
+class Selected:
+    """The weights that a run leaves behind.
+
+    Attributes:
+        average: whether they are the average.
+        step: the step that they are of.
+        results: their validation.
+        on: what they were chosen on; None: nothing.
+    """
+
+    average: bool
+    step: int
+    results: dict[str, Any]
+    on: str | None
+
+
+def select_weights(run: Run) -> Selected:
+    """Choose by ``output.select``, and set `run` to the best checkpoint's weights if it asks for them; a collective.
+
+    A run whose budget was never met before its end has no best one: then it is the last.
+    """
+    select, results, step = run.config.output.select, run.results, run.step
+    if select.startswith("best"):
+        found: list[dict[str, Any]] = []
+
+        def find() -> Manifest | None:
+            best = run.checkpoints.best()
+            if best is not None:
+                found.append(best.state)
+            return None if best is None else best.manifest
+
+        manifest = run.world.on_main(find)
+        if manifest is not None:
+            state = run.world.share_state(found[0] if found else None)
+            load_learned(run, state)
+            if run.pruner is not None and state["pruner"] is not None:
+                run.pruner.load_state_dict(state["pruner"])
+            run.snapshot, results, step = None, manifest.metrics, manifest.step
+        return Selected(select == "best-average", step, results, "validation")
+    better = run.ema is not None and results[VAL_EMA_TOP1] >= results[VAL_TOP1]
+    on = "validation" if select == "auto" and run.ema is not None else None
+    return Selected(better if select == "auto" else select == "average", step, results, on)
+
+
 def finish_run(run: Run) -> dict[str, Any]:
     """Write ``model.safetensors`` and ``summary.json`` and return the summary, on every rank; a collective.
 
-    With an average of the weights, the file holds whichever of the two was better in the last validation.
+    The file holds the weights that `select_weights` chose.
     """
     run.checkpoints.wait()  # two writers at once might fill the disk where one does not
-    results = run.results
-    use_average = run.ema is not None and results[VAL_EMA_TOP1] >= results[VAL_TOP1]
+    chosen = select_weights(run)
+    results, use_average = chosen.results, chosen.average
     prefix = VAL_EMA if use_average else VAL
     model = averaged_model(run) if use_average else run.model
     weights, _ = full_state(model, run.optimizer) if not use_average else (model.state_dict(), {})
@@ -121,6 +168,7 @@ def finish_run(run: Run) -> dict[str, Any]:
         **counts,
         "best": run.best,
         "weights": "average" if use_average else "model",
+        "selected": {"by": run.config.output.select, "step": chosen.step, "on": chosen.on},
         "images_per_second": run.meter.images_per_second,
         "epochs": run.epochs,
         "steps": run.step,

@@ -227,7 +227,11 @@ def ray_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.mark.slow
-def test_two_workers_train_and_the_driver_sees_their_rows(tmp_path: Path, ray_address: str) -> None:
+def test_two_workers_train_and_the_driver_sees_their_rows(
+    tmp_path: Path, ray_address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also with Ray's own page on training switched on."""
+    monkeypatch.setenv("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")
     rows: list[dict[str, Any]] = []
     summary = run(small(tmp_path, address=ray_address), rows.append, train=stand_in("fine"))
     assert summary == {"world_size": 2, "device": "cpu", "threads": 1, "cwd": os.getcwd(), "attempts": 1}

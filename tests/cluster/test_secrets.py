@@ -162,7 +162,7 @@ def test_a_worker_sets_what_it_is_given_with_a_mocked_context(monkeypatch: pytes
     with monkeypatch.context() as patch:
         for name in given:
             patch.setenv(name, "")  # restored at the end
-        train_loop_per_worker(Job(Config(), LaunchFiles.begin(tmp_path), train, given))
+        train_loop_per_worker({"job": Job(Config(), LaunchFiles.begin(tmp_path), train, given)})
     assert seen == given
 
 
