@@ -74,7 +74,7 @@ def hold_folder(folder: Path, wait_s: float = START_WAIT_S) -> Iterator[None]:
             if error.errno not in _NO_LOCKS:
                 raise
             log.info("%s has no file locks (%s): held by a lease instead", folder, error.strerror)
-            with hold_lease(LeaseFile(folder), wait_s):
+            with hold_lease(LeaseFile(folder), wait_s, beat_s=BEAT_S, silence_s=SILENCE_S):
                 yield
             return
         file.truncate(0)
@@ -174,17 +174,15 @@ class LeaseFile:
 
 
 @contextmanager
-def hold_lease(
-    lease: Lease, wait_s: float, *, place: str = "", beat_s: float = BEAT_S, silence_s: float = SILENCE_S
-) -> Iterator[None]:
+def hold_lease(lease: Lease, wait_s: float, *, beat_s: float, silence_s: float, place: str = "") -> Iterator[None]:
     """Hold a place by a text that is written again and again; its clock is this process's own, never another machine's.
 
     Args:
         lease: the text.
         wait_s: how long to wait for another owner.
-        place: what this process holds by a lock already; an owner that held the same lock has ended.
         beat_s: seconds between two writes.
         silence_s: an owner is dead after so many without one.
+        place: what this process holds by a lock already; an owner that held the same lock has ended.
 
     Raises:
         FolderBusy: another process still holds it; names its host and process.

@@ -32,6 +32,7 @@ if sys.argv[2] == "lease":
     def flock(*arguments):
         raise OSError(errno.ENOSYS, "Function not implemented")
     fcntl.flock = flock
+    folder_lock.BEAT_S = 0.5
 with folder_lock.hold_folder(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)
@@ -53,7 +54,8 @@ def no_locks(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError(errno.ENOSYS, "Function not implemented")
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    monkeypatch.setattr(folder_lock, "SILENCE_S", 8.0)
+    monkeypatch.setattr(folder_lock, "BEAT_S", 0.5)
+    monkeypatch.setattr(folder_lock, "SILENCE_S", 4.0)
 
 
 def test_a_second_writer_is_told_who_the_first_one_is(tmp_path: Path) -> None:
@@ -95,12 +97,12 @@ def test_a_folder_that_cannot_be_made_is_the_users(tmp_path: Path) -> None:
 
 def test_without_file_locks_the_living_hold_the_folder_by_a_lease(tmp_path: Path, no_locks: None) -> None:
     with holder(tmp_path, "lease") as other:
-        with pytest.raises(FolderBusy, match=f"process {other.pid} on"), hold_folder(tmp_path, wait_s=13.0):
+        with pytest.raises(FolderBusy, match=f"process {other.pid} on"), hold_folder(tmp_path, wait_s=5.0):
             pass
         other.kill()
     begin = time.monotonic()
     with hold_folder(tmp_path):  # silent for long enough
-        assert time.monotonic() - begin > 5.0
+        assert time.monotonic() - begin > 3.0
         lease = tmp_path / folder_lock.LEASE_FILE
         first = lease.read_text()
         assert str(os.getpid()) in first
