@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import random
 from collections.abc import Callable, Iterator
@@ -119,9 +120,16 @@ def serve(dataset: DecodedDataset, batch: int, first: int, options: LoaderOption
         num_workers=options.threads if len(order) > 1 else 0,
         prefetch_factor=options.prefetch if len(order) > 1 else None,
         pin_memory=cuda,
+        worker_init_fn=keep_the_parents,
     )
+    gc.collect()  # what is let go of here must not be let go of in the workers
     for images, targets in _unwrapped(loader):
         yield images.to(options.device, non_blocking=cuda), targets.to(options.device, non_blocking=cuda)
+
+
+def keep_the_parents(worker: int) -> None:
+    """In a worker: never let go of what came with the fork. A DALI pipeline would wait there for threads that it lacks."""
+    gc.freeze()
 
 
 def _unwrapped(loader: DataLoader[Any]) -> Iterator[Any]:

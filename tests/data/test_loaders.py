@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
+import os
 import re
 import shutil
 from collections import Counter
@@ -21,6 +23,7 @@ from asp_dist.data.bad_files import DataReadError, Suspects, examine
 from asp_dist.data.dali.dali_loader import PipelineRun
 from asp_dist.data.images import ImageSpec
 from asp_dist.data.info import open_data_set
+from asp_dist.data.samples import Samples
 from asp_dist.data.torch_loader import build_transform
 from asp_dist.errors import UserError
 
@@ -182,6 +185,35 @@ def test_a_file_that_does_not_decode_is_named_with_its_rank(tmp_path: Path) -> N
     val.write_bytes(b"")
     with pytest.raises(DataError, match=f"rank 0, validation.*{val}: empty file"):
         list(loaders(config(root)).val)
+
+
+class Threads:
+    """As a DALI pipeline in a reference cycle: a process that lets go of another's waits for threads that it lacks."""
+
+    def __init__(self) -> None:
+        self.process, self.itself = os.getpid(), self
+
+    def __del__(self) -> None:
+        if os.getpid() != self.process:
+            os._exit(9)
+
+
+def test_a_worker_does_not_let_go_of_what_came_with_the_fork(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Garbage collection in a worker found a pipeline of the process before, and hung."""
+    read = Samples.read
+
+    def collect(samples: Samples, index: int, **more: Any) -> bytes:
+        gc.collect()
+        return read(samples, index, **more)
+
+    monkeypatch.setattr(Samples, "read", collect)
+    gc.disable()
+    try:
+        Threads()
+        _, targets = next(loaders(config(digits, backend="torch")).train.start(0))
+    finally:
+        gc.enable()
+    assert len(targets) > 0
 
 
 @pytest.mark.parametrize("backend", ["dali", "torch"])
