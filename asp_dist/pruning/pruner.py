@@ -20,7 +20,7 @@ from asp_dist.pruning.budget import check_floors, network_costs, resolve_budget
 from asp_dist.pruning.control.controller import Controller, Problem, RampPosition, StepInputs, move, observe
 from asp_dist.pruning.density import TINY, DensityModel, weight_threshold
 from asp_dist.pruning.kernels.device_control import DeviceControl
-from asp_dist.pruning.kernels.device_passes import DevicePasses, fits, works
+from asp_dist.pruning.kernels.device_passes import CARRIED, DevicePasses, fits, works
 from asp_dist.pruning.layers import find_weights, optimizer_groups, unwrapped
 from asp_dist.pruning.macs import macs_per_weight
 from asp_dist.pruning.options import Budget, Control, Hard, Operator, Ramp, Select, SparsityLoss
@@ -214,12 +214,19 @@ class Pruner:
         """Let the next step's all-reduce sum `numbers` over the ranks too, so that a training loop needs none of its own.
 
         Args:
-            numbers: up to 8 on the weights' device, which every rank gives before the optimizer's step.
+            numbers: up to 16 on the weights' device, which every rank gives before the optimizer's step.
 
         Returns:
             Where their sums are after that step and until the next one: float64, on the device. None where the pruner makes no
             such all-reduce: on the CPU, and once the mask is frozen.
+
+        Raises:
+            ValueError: more than 16 numbers, on any device.
         """
+        if numbers.numel() > CARRIED:
+            raise ValueError(
+                f"carry has room for {CARRIED} numbers, not for {numbers.numel()}: sum the others by an all-reduce of yours"
+            )
         if self.frozen or not isinstance(self.passes, DevicePasses):
             return None
         carried = self.passes.carried[: numbers.numel()]

@@ -31,6 +31,7 @@ from asp_dist.pruning import (
     SparsityLoss,
     Track,
 )
+from asp_dist.training.health import FLAGS
 
 TENTH = Budget.parameters(density=0.1)
 
@@ -497,3 +498,10 @@ def test_one_copy_of_the_weights(trained: tuple[nn.Sequential, Optimizer, Pruner
     ]
     extra = sum(shard.dense.nbytes for shard in pruner.layers) + sum(v.nbytes for v in vectors)
     assert weights <= extra <= 1.05 * weights
+
+
+def test_no_more_numbers_are_carried_than_there_is_room_for(trained: tuple[nn.Sequential, Optimizer, Pruner]) -> None:
+    pruner = trained[2]
+    assert pruner.carry(torch.ones(FLAGS)) is None, "a training step's flags have room; on the CPU no all-reduce takes them"
+    with pytest.raises(ValueError, match="room for 16 numbers, not for 17"):
+        pruner.carry(torch.ones(17))

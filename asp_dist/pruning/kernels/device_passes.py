@@ -18,7 +18,7 @@ from asp_dist.pruning.passes import LayerSums, means_and_sigmas
 from asp_dist.pruning.weights import LayerWeights, RankReducer, flat
 
 # Room for numbers of the training loop in the all-reduce.
-CARRIED = 8
+CARRIED = 16
 
 
 class DevicePasses:
