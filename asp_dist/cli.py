@@ -21,6 +21,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from asp_dist import __version__
 from asp_dist.commands import COMMANDS
 from asp_dist.commands.command import Command
+from asp_dist.commands.sweep import name_of, variants
 from asp_dist.config import Config, from_dict
 from asp_dist.errors import UserError
 from asp_dist.help_texts import AsWritten, examples, meant, short_help
@@ -119,8 +120,28 @@ def _run(arguments: list[str]) -> int:
         except UserError as error:
             error.on_every_rank = True  # type: ignore[attr-defined]
             raise
+        if command.swept:
+            own = _own(options)
+            points = _variants(parser, arguments, config, sets=[text for texts in own.pop("set") or [] for text in texts])
+            return command.run(points, name=config.name, **own)
         return command.run(config, **_own(options))
     return command.run(**_plain(options))
+
+
+def _variants(parser: ArgumentParser, arguments: Sequence[str], config: Config, *, sets: Sequence[str]) -> list[Config]:
+    """The configurations of a sweep: the one on the command line with each combination of the values that ``--set`` gives."""
+    if not sets:
+        raise UserError("a sweep needs values: --set FIELD=V1,V2, such as --set budget.sparsity=0.8,0.9")
+    names = field_names()
+    known = [name for name in names if not any(other.startswith(f"{name}.") for other in names)]
+    points = []
+    for settings in variants(sets, known):
+        words = [*arguments, *(f"--{field}={value}" for field, value in settings.items())]
+        point = to_config(parser.parse_args(words))
+        group = point.tracking.group or f"{config.name}-sweep"
+        tracking = dataclasses.replace(point.tracking, group=group)
+        points.append(dataclasses.replace(point, name=name_of(config.name, settings), tracking=tracking))
+    return points
 
 
 def spelled(arguments: Sequence[str], parser: ArgumentParser) -> list[str]:

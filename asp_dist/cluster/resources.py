@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,6 +81,33 @@ def plan_resources(config: Config, nodes: list[dict[str, Any]], *, local: bool) 
         f"{total_gpus:g} GPU on {len(alive)} node(s), room for {room} such worker(s): "
         "lower cluster.num_workers, cluster.cpus_per_worker or cluster.gpus_per_worker, or add nodes"
     )
+
+
+def check_room(runs: Sequence[Config], nodes: list[dict[str, Any]], concurrent: int, *, local: bool) -> Resources:
+    """What each worker of `runs` gets, which are alike in `cluster`, where so many of them run at a time.
+
+    Raises:
+        UserError: the cluster has no room for one of them, or for `concurrent`; the message gives the numbers.
+    """
+    config = runs[0]
+    cluster = config.cluster
+    concurrent = min(concurrent, len(runs))
+    if cluster.cpus_per_worker is None and local:
+        total = sum(node["Resources"].get("CPU", 0) for node in nodes if node["Alive"])
+        share = max(1, total // (cluster.num_workers * concurrent))
+        config = dataclasses.replace(config, cluster=dataclasses.replace(cluster, cpus_per_worker=share))
+    needed = plan_resources(config, nodes, local=local)
+    for run in runs:
+        plan_resources(dataclasses.replace(run, cluster=config.cluster), nodes, local=local)
+    room = sum(_room(node["Resources"], needed) for node in nodes if node["Alive"])
+    check(
+        room >= concurrent * needed.sizes[0],
+        f"--concurrent {concurrent} runs of {needed.sizes[0]} workers need room for {concurrent * needed.sizes[0]}, but the "
+        f"cluster has room for {room} of {needed.cpus:g} CPU"
+        + (f" and {needed.gpus} GPU" if needed.gpus else "")
+        + ": lower --concurrent, cluster.num_workers or cluster.cpus_per_worker",
+    )
+    return needed
 
 
 def this_machine() -> dict[str, Any]:

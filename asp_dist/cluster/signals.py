@@ -6,9 +6,14 @@ import signal
 import sys
 import threading
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, Protocol
 
-from asp_dist.cluster.launch_files import LaunchFiles
+
+class Stoppable(Protocol):
+    """What can be asked to stop, such as a run's launch files."""
+
+    def request_stop(self, reason: str) -> None:
+        """Let the workers save a checkpoint and end."""
 
 
 class Signals:
@@ -16,8 +21,13 @@ class Signals:
 
     def __init__(self) -> None:
         self._reason: str | None = None
-        self._files: LaunchFiles | None = None
+        self._files: Stoppable | None = None
         self._before: dict[signal.Signals, Any] = {}
+
+    @property
+    def reason(self) -> str | None:
+        """The signal that came, or None."""
+        return self._reason
 
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():
@@ -31,7 +41,7 @@ class Signals:
         for number in self._before:
             signal.signal(number, self._handle)
 
-    def connect(self, files: LaunchFiles) -> None:
+    def connect(self, files: Stoppable) -> None:
         """Send requests to the workers from now on, the ones that came already included."""
         self._files = files
         if self._reason is not None:

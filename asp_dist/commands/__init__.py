@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from asp_dist.commands import (
     bench,
-    compare,
     dashboard,
     evaluate,
     export,
@@ -15,8 +14,9 @@ from asp_dist.commands import (
     prepare,
     recipes,
     rehearse,
-    report,
+    results,
     submit,
+    sweep,
     train,
     verify,
 )
@@ -43,7 +43,10 @@ COMMANDS: dict[str, Command] = {
         plan.add_arguments,
         plan.run,
         configured=True,
-        examples=((f"plan {RESNET} --measure-s 0", "without timing a step"),),
+        examples=(
+            (f"plan {RESNET} --gpu A100 --price 2.5", "hours and dollars on GPUs that need not be here"),
+            ("plan configs/quickstart.yaml", "with a step timed on this machine"),
+        ),
     ),
     "rehearse": Command(
         "Run a recipe's whole schedule in a few hundred small steps.",
@@ -62,6 +65,20 @@ COMMANDS: dict[str, Command] = {
             ("submit --address http://HEAD:8265 --stop JOB", "after a checkpoint"),
         ),
     ),
+    "sweep": Command(
+        "Train and prune with several values of some fields, a run for each combination.",
+        sweep.add_arguments,
+        sweep.run,
+        configured=True,
+        swept=True,
+        examples=(
+            ("sweep configs/quickstart.yaml --set budget.sparsity=0.8,0.9,0.95 training.seed=1,2,3", "nine runs, one report"),
+            (
+                f"sweep {RESNET} --cluster.address auto --concurrent 2 --set budget.sparsity=0.8,0.9",
+                "two at a time, on a cluster",
+            ),
+        ),
+    ),
     "recipes": Command("List the recipes.", recipes.add_arguments, recipes.run, examples=(("recipes", "each with one line"),)),
     "evaluate": Command(
         "Re-evaluate a run's saved model.",
@@ -77,14 +94,14 @@ COMMANDS: dict[str, Command] = {
     ),
     "report": Command(
         "Write a self-contained HTML report of one or more runs.",
-        report.add_arguments,
-        report.run,
+        results.add_report_arguments,
+        results.report,
         examples=(("report runs/*", "all runs on one page"),),
     ),
     "compare": Command(
         "Print the results of several runs side by side.",
-        compare.add_arguments,
-        compare.run,
+        results.add_compare_arguments,
+        results.compare,
         examples=(("compare runs/*", "a row each"),),
     ),
     "dashboard": Command(

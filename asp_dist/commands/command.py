@@ -23,6 +23,7 @@ class Command:
         run: called with the parsed options, and with the configuration first if it is configured; returns the exit code.
             None for a group.
         configured: its first argument is a configuration, whose fields are options too.
+        swept: it takes ``--set FIELD=V1,V2``, and is called with a list of configurations and the `name` of the one they vary.
         group: the commands below it, by name.
     """
 
@@ -30,5 +31,6 @@ class Command:
     add_arguments: Callable[[ArgumentParser], None] = no_arguments
     run: Callable[..., int] | None = None
     configured: bool = False
+    swept: bool = False
     group: dict[str, Command] = field(default_factory=dict)
     examples: tuple[tuple[str, str], ...] = ()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json as json_
+from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
 from asp_dist.config import Config
+from asp_dist.errors import check
 from asp_dist.quick_checks import check_quickly
 
 
@@ -15,14 +17,40 @@ def add_arguments(parser: ArgumentParser) -> None:
     """Options of ``plan``."""
     parser.add_argument("--json", action="store_true", help="print the estimate as JSON.")
     parser.add_argument("--measure-s", type=float, default=8.0, help="seconds to measure a training step for; 0: skip.")
+    parser.add_argument("--gpu", type=str | None, default=None, help="plan for this GPU, such as A100, which need not be here.")
+    parser.add_argument("--gpu-table", type=str | None, default=None, help="YAML file of further GPUs.")
+    parser.add_argument("--share", type=float | None, default=None, help="share of the GPU's peak that is reached, in (0, 1].")
+    parser.add_argument(
+        "--memory-share", type=float | None, default=None, help="share of its memory's bandwidth that is reached, in (0, 1]."
+    )
+    parser.add_argument("--price", type=float | None, default=None, help="dollars for an hour of one GPU.")
 
 
-def run(config: Config, *, json: bool = False, measure_s: float = 8.0) -> int:
+def run(
+    config: Config,
+    *,
+    json: bool = False,
+    measure_s: float = 8.0,
+    gpu: str | None = None,
+    gpu_table: str | None = None,
+    share: float | None = None,
+    memory_share: float | None = None,
+    price: float | None = None,
+) -> int:
     """Estimate what a run will prune and what it will cost, without training."""
     check_quickly(config, here=False)
-    from asp_dist.planning import estimate_run, print_plan
+    given = {"--share": share, "--memory-share": memory_share, "--price": price, "--gpu-table": gpu_table}
+    for option, value in given.items():
+        check(gpu is not None or value is None, f"{option} {value} is of a GPU: give --gpu, such as --gpu A100")
+    check(price is None or price > 0, f"--price {price} must be greater than 0: dollars for an hour of one GPU")
+    from asp_dist.planning import OtherMachine, Shares, estimate_run, find_gpu, print_plan
 
-    estimate = estimate_run(config, measure_s=measure_s)
+    other = None
+    if gpu is not None:
+        shares = {"arithmetic": share, "memory": memory_share}
+        known = {name: value for name, value in shares.items() if value is not None}
+        other = OtherMachine(find_gpu(gpu, None if gpu_table is None else Path(gpu_table)), Shares(**known), price)
+    estimate = estimate_run(config, measure_s=measure_s, other=other)
     if json:
         print(json_.dumps(dataclasses.asdict(estimate)))
     else:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from asp_dist.training.world import World
 
 T = TypeVar("T")
+PROFILE_STEPS = 5
 RANK_IGNORED = (
     "note: RANK and WORLD_SIZE are set, but not by torchrun: training on Ray all the same; with --cluster.mode local, this "
     "process would be that rank"
@@ -39,9 +40,10 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="show no progress.")
     parser.add_argument("--json", action="store_true", help="print each row of metrics, and the summary, as JSON lines.")
     parser.add_argument("--dry-run", action="store_true", help="run three steps end to end, under a separate name.")
+    parser.add_argument("--profile", action="store_true", help="profile a few steps of rank 0, into profile/ of the run.")
 
 
-def run(config: Config, *, quiet: bool = False, json: bool = False, dry_run: bool = False) -> int:
+def run(config: Config, *, quiet: bool = False, json: bool = False, dry_run: bool = False, profile: bool = False) -> int:
     """Train and prune, on Ray or in this process, and print the results."""
     check_quickly(config)
     from asp_dist.tracking import Console
@@ -50,6 +52,8 @@ def run(config: Config, *, quiet: bool = False, json: bool = False, dry_run: boo
 
     if dry_run:
         config = as_dry_run(config)
+    if profile and not config.training.profile_steps:
+        config = dataclasses.replace(config, training=dataclasses.replace(config.training, profile_steps=PROFILE_STEPS))
     if config.cluster.mode == "ray" and not is_one_rank(config):
         if has_rank():
             print(RANK_IGNORED, file=sys.stderr)

@@ -12,7 +12,8 @@ from rich.table import Table
 
 from asp_dist.errors import UserError
 from asp_dist.report.curves import pareto
-from asp_dist.tracking.schema import SUMMARY_FILE
+from asp_dist.report.fronts import HEADER, settings, settings_table
+from asp_dist.tracking.schema import CONFIG_FILE, SUMMARY_FILE
 
 # Key of the summary, heading, format.
 SHOWN = (
@@ -79,6 +80,22 @@ def print_comparison(run_dirs: Sequence[Path], *, as_json: bool = False, file: I
     for run_dir, summary, front in marked:
         cells = [_cell(summary.get(key), form) for key, _, form in columns]
         table.add_row(f"{run_dir.name}{' *' if front and len(found) > 1 else ''}", *cells)
+    console.print(table)
+    _print_settings(console, [run_dir for run_dir, _, _ in marked], [summary for _, summary, _ in marked])
+
+
+def _print_settings(console: Console, run_dirs: Sequence[Path], summaries: Sequence[dict[str, Any]]) -> None:
+    """Means and spreads, where some runs differ in nothing but their seed."""
+    texts = [path.read_text(encoding="utf-8") if path.exists() else "" for path in (d / CONFIG_FILE for d in run_dirs)]
+    found = settings(list(zip((run_dir.name for run_dir in run_dirs), texts, summaries)))
+    if len(found) == len(run_dirs):
+        return
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for position, heading in enumerate(HEADER):
+        table.add_column(heading, justify="right" if position else "left", no_wrap=position > 0)
+    for row in settings_table(found):
+        table.add_row(*row)
+    console.print()
     console.print(table)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from asp_dist.errors import UserError
 from asp_dist.pruning.names import LayerRow
-from asp_dist.report import curves, plots
+from asp_dist.report import curves, fronts, plots
 from asp_dist.report.histograms import BINS, RANGE, Histogram, histograms
 from asp_dist.report.page import Page
 from asp_dist.report.plots import color
@@ -134,6 +134,7 @@ def build_page(runs: list[RunRecord]) -> Page:
         labels = list(dict.fromkeys(label for row in table for _, label in row))
         found = [{label: value for value, label in row} for row in table]
         page.table(["run", *labels], [[r.name, *(f.get(x, "") for x in labels)] for r, f in zip(runs, found)])
+        _fronts(page, runs)
     _training(page, runs)
     _layers(page, runs)
     _running(page, runs)
@@ -162,6 +163,21 @@ def tiles(run: RunRecord) -> list[tuple[str, str]]:
     if run.summary.get("seconds") is not None:
         shown.append((duration(run.summary["seconds"]), "training time"))
     return shown
+
+
+def _fronts(page: Page, runs: list[RunRecord]) -> None:
+    found = fronts.settings([(run.name, run.config, run.summary) for run in runs if run.summary])
+    if len(found) < 2:
+        return
+    page.section("Accuracy and size")
+    page.table(fronts.HEADER, fronts.settings_table(found))
+    caption = "Up and to the left is better; the bars are one standard deviation over seeds."
+    page.plots(
+        [
+            ("Accuracy against weights", caption, fronts.front_by(found, "nonzero_weights", "weights left")),
+            ("Accuracy against multiply-adds", caption, fronts.front_by(found, "macs", "multiply-adds of one image")),
+        ]
+    )
 
 
 def _training(page: Page, runs: list[RunRecord]) -> None:

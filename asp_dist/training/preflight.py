@@ -16,6 +16,7 @@ from asp_dist.data import DataInfo, inspect_data
 from asp_dist.data.images import build_spec
 from asp_dist.errors import UserError, check
 from asp_dist.models import build_model, check_model_name
+from asp_dist.tracking.further import check_further
 from asp_dist.training import build
 from asp_dist.training.run import count_steps
 from asp_dist.training.warm_start import check_start
@@ -41,8 +42,12 @@ class Preflight:
     resumes: bool
 
 
-def preflight(config: Config) -> Preflight:
+def preflight(config: Config, data: DataInfo | None = None) -> Preflight:
     """Check that `config` can run.
+
+    Args:
+        config: the run.
+        data: what `inspect_data` found, if that is known already.
 
     Raises:
         UserError: unknown model, optimizer or schedule; missing or unfit data; a budget that cannot be met; a batch that
@@ -51,7 +56,8 @@ def preflight(config: Config) -> Preflight:
     config = with_absolute_paths(config)
     check_model_name(config.model.name)
     build.check_optimizer(config.optimizer.name)
-    data = inspect_data(config.data)
+    check_further(config.tracking.also)
+    data = inspect_data(config.data) if data is None else data
     resumes = check_run_dir(config) is not None
     if not resumes:
         check_start(config)

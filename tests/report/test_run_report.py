@@ -77,7 +77,7 @@ def test_several_runs_stand_side_by_side_with_their_front(tmp_path: Path) -> Non
     drawn = figures(path.read_text(encoding="utf-8"))
     heats = [f for f in drawn.values() if f["data"][0]["type"] == "heatmap"]
     assert [len(f["data"][0]["z"]) for f in heats] == [8, 5, 8]
-    (front,) = [t for f in drawn.values() for t in f["data"] if t.get("name") == "front"]
+    *_, front = [t for f in drawn.values() for t in f["data"] if t.get("name") == "front"]
     assert list(zip(front["x"], front["y"])) == [(0.9, 0.76), (0.95, 0.71)]
 
 

@@ -87,7 +87,9 @@ def make_run(
     }
     summary |= {"macs": 8e8, "dense_macs": 4.1e9, "images_per_second": 2900.0, "model": "resnet50", "seconds": 45000.0}
     write_json(run_dir / "summary.json", summary)
-    (run_dir / "config.yaml").write_text("name: made\nmodel:\n  name: resnet50\n", encoding="utf-8")
+    (run_dir / "config.yaml").write_text(
+        f"name: made\nmodel:\n  name: resnet50\nbudget:\n  sparsity: {sparsity}\n", encoding="utf-8"
+    )
     _checkpoint(run_dir / "checkpoints" / f"step-{10 * total:08d}", shapes)
     return run_dir
 
