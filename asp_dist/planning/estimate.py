@@ -13,11 +13,12 @@ import torch
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
-from asp_dist.config import Config
+from asp_dist.config import Config, OptimizerConfig
 from asp_dist.data import DataInfo, inspect_data
 from asp_dist.data.images import build_spec
 from asp_dist.errors import UserError
 from asp_dist.models import build_model
+from asp_dist.planning.roofline import Counted, Gpu, Shares, count_step, step_on
 from asp_dist.planning.step_time import BUCKET, Network, StepTime, measure_step, scale
 from asp_dist.pruning import Pruner, Ramp, Snapshot
 from asp_dist.pruning.names import LayerRow
@@ -29,6 +30,9 @@ from asp_dist.training.world import World
 # Training images, validation images and classes of the data set that a network with this many classes suggests.
 DATA_SETS = {10: ("CIFAR-10", 50_000, 10_000), 1000: ("ImageNet-1k", 1_281_167, 50_000)}
 WORKERS = tuple(2**i for i in range(11))
+# Training crops of ImageNet photographs that a CPU core decodes and resizes in a second, by DALI: 2.6 ms each, measured on a
+# server's core (configs/README.md).
+CROPS_PER_CORE = 385
 
 
 @dataclass
@@ -44,6 +48,10 @@ class Estimate:
         schedule: images, steps, epochs, workers.
         step: the measured step; None if it was not measured.
         scaling: a row per number of workers; empty if the step was not measured.
+        gpu: the same for a GPU that is not here, by a roofline; None: none was asked for. Keys: ``name``, ``source``,
+            ``shares``, ``memory`` (of the card), ``step``, ``scaling``, ``images_per_second`` (of one worker), ``hours`` (of
+            the run), ``dollars`` (None without a price) and ``decoding_cores`` (of a machine, if its CPUs decoded).
+        warnings: what will hardly be meant.
         assumptions: what the numbers rest on.
     """
 
@@ -56,17 +64,38 @@ class Estimate:
     schedule: dict[str, Any]
     step: StepTime | None = None
     scaling: list[dict[str, Any]] = field(default_factory=list)
+    gpu: dict[str, Any] | None = None
+    warnings: list[str] = field(default_factory=list)
     assumptions: list[str] = field(default_factory=list)
 
 
-def estimate_run(config: Config, *, measure_s: float = 8.0, network: Network | None = None) -> Estimate:
+@dataclass(frozen=True)
+class OtherMachine:
+    """A machine that is not here.
+
+    Args:
+        gpu: its GPUs, one for each worker.
+        shares: of their peaks that are reached.
+        price: dollars for an hour of one.
+    """
+
+    gpu: Gpu
+    shares: Shares = Shares()
+    price: float | None = None
+
+
+def estimate_run(
+    config: Config, *, measure_s: float = 8.0, network: Network | None = None, other: OtherMachine | None = None
+) -> Estimate:
     """Plan a run.
 
     Args:
         config: the run; where its data is not there, the numbers of the data set that the network was made for, ImageNet-1k's
             or CIFAR-10's, are taken, and the plan says so.
-        measure_s: about how long to measure the training step on this machine, seconds; 0: not at all.
+        measure_s: about how long to measure the training step on this machine, seconds; 0: not at all. A run for GPUs, by its
+            precision or by `other`, is measured on a GPU alone.
         network: the cluster; None: the defaults of `Network`.
+        other: a machine to plan for besides this one.
 
     Raises:
         UserError: unknown model, a budget that it cannot meet, or a batch that does not divide among the workers.
@@ -80,6 +109,7 @@ def estimate_run(config: Config, *, measure_s: float = 8.0, network: Network | N
     model = build_model(fresh, len(info.classes), config.data.input_size)
     size = build_spec(config.data, resolve_model_data_config(model)).size
     device = torch.device("cuda" if torch.cuda.is_available() and config.training.device != "cpu" else "cpu")
+    images = config.data.batch_size // max(1, planned_world_size(config) * config.training.accumulate)
     model = build.place_model(config.training, model, World(0, 0, 1, device))
     optimizer = build.build_optimizer(config.optimizer, model)
     workers = planned_world_size(config)
@@ -95,6 +125,21 @@ def estimate_run(config: Config, *, measure_s: float = 8.0, network: Network | N
     now = pruner.snapshot() if pruner else None
     layers = now.rows() if now else []
     totals = _totals(model, now)
+    state = _state_per_weight(config.optimizer)
+    counted = count_step(
+        model,
+        size,
+        config.training.precision,
+        state=state,
+        average=config.training.ema_decay is not None,
+        pruned=totals.get("prunable_weights", 0),
+    )
+    if device.type == "cpu" and (
+        other is not None or (config.training.precision != "float32" and config.training.device != "cpu")
+    ):
+        measure_s = 0.0
+        if other is None:
+            assumptions.append("times: none, for there is no GPU here; asp-dist plan --gpu A100 (or another) estimates them")
     step = measure_step(config, model, optimizer, device, size, len(info.classes), measure_s) if measure_s > 0 else None
     if pruner is not None:
         assumptions.append("layer sparsities: as if the budget held from step 0; training will change them")
@@ -103,7 +148,7 @@ def estimate_run(config: Config, *, measure_s: float = 8.0, network: Network | N
         input_size=size,
         layers=layers,
         totals=totals,
-        memory=_memory(config, model, optimizer, pruner, step, batch // max(1, workers * config.training.accumulate)),
+        memory=_memory(config, model, state, pruner, counted.saved if step is None else step.activation_bytes, images),
         traffic=_traffic(config, model, pruner, workers),
         schedule={
             "train_images": info.num_train,
@@ -115,16 +160,76 @@ def estimate_run(config: Config, *, measure_s: float = 8.0, network: Network | N
             "steps": steps,
         },
         step=step,
+        warnings=_warnings(layers),
         assumptions=assumptions,
     )
     _explain(plan, network)
+    gradients = plan.memory["gradients"]
+    exchanged = gradients + 32.0 * (len(pruner.layers) if pruner else 0)
+    collectives = math.ceil(gradients / BUCKET) + 2  # with the pruner's and the loop's own all-reduce
+    exchange = {n: network.all_reduce(exchanged, n, collectives) for n in {*WORKERS, workers}}
     if step is not None:
-        gradients = plan.memory["gradients"]
-        exchanged = gradients + 32.0 * (len(pruner.layers) if pruner else 0)
-        collectives = math.ceil(gradients / BUCKET) + 2  # with the pruner's and the loop's own all-reduce
-        exchange = {n: network.all_reduce(exchanged, n, collectives) for n in WORKERS}
         plan.scaling = [scale(plan.schedule, step, n, exchange[n]) for n in WORKERS]
+    if other is not None:
+        plan.gpu = _on_another(plan, config, other, counted, network, exchange)
     return plan
+
+
+def _state_per_weight(config: OptimizerConfig) -> float:
+    """How many numbers the optimizer keeps for a weight, as it shows after a step on a few."""
+    probe = nn.Linear(64, 64, bias=False)
+    optimizer = build.build_optimizer(config, probe)
+    probe.weight.grad = torch.zeros_like(probe.weight)
+    optimizer.step()
+    kept = (value for values in optimizer.state.values() for value in values.values() if isinstance(value, Tensor))
+    return sum(value.numel() for value in kept) / probe.weight.numel()
+
+
+def _warnings(layers: list[LayerRow]) -> list[str]:
+    """Layers that the budget would leave with no weights at all."""
+    empty = [row["name"] for row in layers if row["pruned"] and round(row["weights"] * (1 - row["measured_sparsity"])) == 0]
+    if not empty:
+        return []
+    return [
+        f"{', '.join(empty)}: no weights would be left with the budget held from step 0, and no signal would pass. A rehearsal "
+        "shows whether training gets there; if so, raise pruning.min_density, name the layer in pruning.select.exclude, or ask "
+        "for less sparsity"
+    ]
+
+
+def _on_another(
+    plan: Estimate, config: Config, other: OtherMachine, counted: Counted, network: Network, exchange: dict[int, float]
+) -> dict[str, Any]:
+    """What the run would take on a machine that is not here; see `Estimate.gpu`."""
+    gpu, precision, workers = other.gpu, config.training.precision, plan.schedule["workers"]
+    accumulate = config.training.accumulate
+    images = plan.schedule["batch_size"] / workers
+    step = step_on(gpu, counted, max(1, round(images / accumulate)), other.shares, precision)
+    step = dataclasses.replace(step, fixed=step.fixed * accumulate)
+    rows = {n: scale(plan.schedule, step, n, exchange[n]) for n in exchange}
+    weak = rows[workers]["weak"]
+    speed = weak["images_per_second"] / workers
+    per_machine = min(workers, network.workers_per_node)
+    if precision == "bfloat16" and not gpu.bfloat16:
+        plan.warnings.append(f"{gpu.name} does not compute in bfloat16: set training.precision to float16")
+    if plan.memory["all"] > gpu.memory:
+        plan.warnings.append(
+            f"{plan.memory['all'] / 1e9:.1f} GB per worker do not fit the {gpu.memory / 1e9:.0f} GB of {gpu.name}: raise "
+            "training.accumulate or cluster.num_workers"
+        )
+    return {
+        "name": gpu.name,
+        "source": gpu.source,
+        "shares": dataclasses.asdict(other.shares),
+        "memory": gpu.memory,
+        "step": dataclasses.asdict(step),
+        "scaling": [rows[n] for n in WORKERS],
+        "images_per_second": speed,
+        "hours": weak["hours"],
+        "dollars": None if other.price is None else other.price * workers * weak["hours"],
+        "decoding_cores": speed * per_machine / CROPS_PER_CORE,
+        "gpus_per_machine": per_machine,
+    }
 
 
 def suggested_data_set(model: str) -> tuple[int, tuple[str, int, int]]:
@@ -158,23 +263,30 @@ def _bytes(tensors: Iterator[Tensor]) -> float:
 
 
 def _memory(
-    config: Config, model: nn.Module, optimizer: Any, pruner: Pruner | None, step: StepTime | None, images: int
+    config: Config, model: nn.Module, state: float, pruner: Pruner | None, activations: float, images: int
 ) -> dict[str, float]:
-    """Bytes per worker, of weights that are replicated or sharded; activations of a micro-batch of `images`."""
+    """Bytes per worker, of weights that are replicated or sharded.
+
+    Args:
+        config: the run.
+        model: the network.
+        state: numbers that the optimizer keeps for a weight.
+        pruner: None: nothing is pruned.
+        activations: bytes kept for backward, per image.
+        images: a micro-batch of one worker.
+    """
     shards = planned_world_size(config) if config.training.parallel == "fsdp" else 1
     parameters = _bytes(iter(model.parameters()))
-    state = (v for values in optimizer.state.values() for v in values.values() if isinstance(v, Tensor))
     memory = {
         "parameters": parameters,
         "buffers": _bytes(iter(model.buffers())),
         "gradients": _bytes(p for p in model.parameters() if p.requires_grad),
-        "optimizer": _bytes(state),
+        "optimizer": state * parameters,
         "dense weights": _bytes(layer.dense for layer in pruner.layers) if pruner else 0.0,
         "average": parameters if config.training.ema_decay is not None else 0.0,
     }
     memory = {name: size if name == "buffers" else size / shards for name, size in memory.items()}
-    if step is not None:
-        memory["activations"] = step.activation_bytes * max(1, images)
+    memory["activations"] = activations * max(1, images)
     return {**memory, "all": sum(memory.values())}
 
 

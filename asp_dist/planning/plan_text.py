@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import IO
+from typing import IO, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -36,7 +36,13 @@ def print_plan(plan: Estimate, file: IO[str] | None = None) -> None:
         f"{schedule['steps']:,} steps on {schedule['workers']} worker{'s' if schedule['workers'] != 1 else ''}",
     )
     if plan.scaling:
-        console.print(_scaling(plan))
+        console.print(_scaling(plan.scaling, "here"))
+    if plan.gpu is not None:
+        for name, text in _other(plan.gpu, plan):
+            line(name, text)
+        console.print(_scaling(plan.gpu["scaling"], plan.gpu["name"]))
+    for text in plan.warnings:
+        line("warning", text)
     for text in plan.assumptions:
         line("assumed", text)
     if "prunable_weights" in totals:
@@ -63,9 +69,31 @@ def _layers(plan: Estimate) -> Table:
     return table
 
 
-def _scaling(plan: Estimate) -> Table:
+def _other(gpu: dict[str, Any], plan: Estimate) -> list[tuple[str, str]]:
+    """Name and text of each line about a GPU that is not here."""
+    workers, shares = plan.schedule["workers"], gpu["shares"]
+    cost = "" if gpu["dollars"] is None else f", {gpu['dollars']:,.0f} dollars; a sweep of n sparsities takes n times that"
+    peaks = f"{shares['arithmetic']:.0%} of its peak, {shares['memory']:.0%} of its bandwidth"
+    lines = [
+        (gpu["name"], f"{gpu['images_per_second']:,.0f} images/s each, by a roofline at {peaks} ({gpu['source']})"),
+        ("run", f"{gpu['hours']:,.1f} hours on {workers} of them{cost}"),
+        ("card", f"{plan.memory['all'] / 1e9:.1f} of {gpu['memory'] / 1e9:.0f} GB"),
+        (
+            "decoding",
+            f"{gpu['images_per_second'] * gpu['gpus_per_machine']:,.0f} images/s on a machine of {gpu['gpus_per_machine']}: "
+            f"{gpu['decoding_cores']:.0f} CPU cores, or fewer where the GPUs' decoders help",
+        ),
+    ]
+    if plan.step is not None:
+        here = plan.schedule["batch_size"] / workers
+        seconds = plan.step.fixed + plan.step.per_image * here
+        lines.append(("measured", f"{here / seconds:,.0f} images/s on {plan.step.device}, which is here"))
+    return lines
+
+
+def _scaling(rows: list[dict[str, Any]], where: str) -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False, title_justify="left")
-    table.title = "workers: the same batch over more of them | the same images per worker, a larger batch"
+    table.title = f"{where}, workers: the same batch over more of them | the same images per worker, a larger batch"
     for name in (
         "workers",
         "exchange",
@@ -80,7 +108,7 @@ def _scaling(plan: Estimate) -> Table:
         "hours",
     ):
         table.add_column(name, justify="right", no_wrap=True)
-    for row in plan.scaling:
+    for row in rows:
         strong, weak = row["strong"], row["weak"]
         first = ["", "", "", ""]
         if strong:

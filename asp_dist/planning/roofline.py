@@ -1,0 +1,307 @@
+"""How long a step would take on a GPU that is not here: a roofline over every kernel of the network's own training step.
+
+A kernel takes the longer of its arithmetic at a share of the GPU's peak, and its reading and writing at a share of its memory's
+bandwidth (Williams et al., Communications of the ACM 52 (4), 2009). The kernels are those that PyTorch starts where nothing is
+compiled, counted on its meta device, which computes nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from asp_dist.errors import UserError, check
+from asp_dist.planning.step_time import StepTime
+
+TABLE = Path(__file__).with_name("gpus.yaml")
+LAUNCH_S = 8e-6  # of the host, for each kernel, forward or backward
+COUNTED = (2, 4)  # images; what a kernel does grows with them from a part that does not, its weights
+# Kernels that read what they are given twice: for the statistics, and for the result.
+TWICE = ("native_batch_norm", "cudnn_batch_norm", "native_layer_norm", "native_group_norm")
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU's published figures.
+
+    Args:
+        name: of the table.
+        memory: bytes.
+        bandwidth: of its memory, bytes per second.
+        half: peak of dense matrix products in bfloat16 or float16 with float32 sums, FLOP/s.
+        tf32: the same for float32 numbers rounded to TensorFloat-32, which cuDNN's convolutions use; None: it has none.
+        float32: peak in float32, FLOP/s.
+        bfloat16: whether it computes in bfloat16.
+        source: where the figures are from.
+    """
+
+    name: str
+    memory: float
+    bandwidth: float
+    half: float
+    float32: float
+    source: str
+    tf32: float | None = None
+    bfloat16: bool = True
+
+
+@dataclass(frozen=True)
+class Shares:
+    """What share of the peaks is reached; set from published throughput, see configs/README.md.
+
+    Args:
+        arithmetic: of matrix products and convolutions.
+        memory: of everything else.
+        grouped: of the bandwidth, of convolutions with groups, depthwise ones above all.
+    """
+
+    arithmetic: float = 0.65
+    memory: float = 0.8
+    grouped: float = 0.12
+
+    def __post_init__(self) -> None:
+        for name in ("arithmetic", "memory", "grouped"):
+            value = getattr(self, name)
+            check(0 < value <= 1, f"share of {name} = {value} is outside (0, 1]")
+
+
+def find_gpu(name: str, file: Path | None = None) -> Gpu:
+    """The GPU of that name in the table, in upper or lower case; see `read_gpus`.
+
+    Raises:
+        UserError: there is none; names those that there are.
+    """
+    table = read_gpus(file)
+    wanted = name.replace(" ", "").lower()
+    found = next((gpu for known, gpu in table.items() if known.replace(" ", "").lower() == wanted), None)
+    if found is None:
+        raise UserError(
+            f"--gpu {name} is not in the table: choose among {', '.join(table)}, or add it with --gpu-table FILE.yaml"
+        )
+    return found
+
+
+def read_gpus(file: Path | None = None) -> dict[str, Gpu]:
+    """The table of GPUs, by name; with `file`, a YAML file of the same form, its entries too.
+
+    Raises:
+        UserError: the file is not there, or has another form.
+    """
+    found = {}
+    for path in (TABLE, *([] if file is None else [file])):
+        try:
+            tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+            found.update({name: Gpu(name=name, **{k: _number(v) for k, v in values.items()}) for name, values in tree.items()})
+        except OSError as error:
+            raise UserError(f"--gpu-table {path}: {error.strerror}") from error
+        except (yaml.YAMLError, AttributeError, TypeError, ValueError) as error:
+            fields = ", ".join(f.name for f in dataclasses.fields(Gpu) if f.name != "name")
+            raise UserError(f"--gpu-table {path} is no table of GPUs ({error}): give NAME: {{{fields}}}") from error
+    return found
+
+
+def _number(value: Any) -> Any:
+    """YAML reads 3e12 as a text."""
+    return value if isinstance(value, bool | None) or not str(value)[:1].isdigit() else float(value)
+
+
+@dataclass
+class Kernel:
+    """What a kernel does.
+
+    Attributes:
+        name: of PyTorch's operator.
+        kind: ``convolution``, ``grouped``, ``product`` or ``other``.
+        flops: of matrix products and convolutions; in a step's count, of one image.
+        bytes: read and written; in a step's count, for one image.
+        fixed: bytes read and written whatever the number of images.
+    """
+
+    name: str
+    kind: str
+    flops: float
+    bytes: float
+    fixed: float = 0.0
+
+
+class _Counting(TorchDispatchMode):
+    """Records the kernels that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels: list[Kernel] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view and "empty" not in func.__name__:
+            self.kernels.append(self._kernel(func, args, kwargs or {}, out))
+        return out
+
+    def _kernel(self, func: Any, args: Any, kwargs: Any, out: Any) -> Kernel:
+        name = func._schema.name.removeprefix("aten::")
+        count = flop_registry.get(func._overloadpacket)
+        flops = float(count(*args, **kwargs, out_val=out)) if count is not None else 0.0
+        read = sum(map(_size, _tensors((args, kwargs))))
+        kind = "other"
+        if name.startswith("convolution"):
+            kind = "grouped" if _groups(args) > 1 else "convolution"
+        elif flops:
+            kind = "product"
+        size = read * (2 if name.startswith(TWICE) else 1) + sum(map(_size, _tensors(out)))
+        return Kernel(name, kind, flops, float(size))
+
+
+def _groups(args: Any) -> int:
+    integers = [value for value in args if isinstance(value, int) and not isinstance(value, bool)]
+    return integers[-1] if integers else 1
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, dict):
+        yield from _tensors(list(tree.values()))
+    elif isinstance(tree, list | tuple):
+        for value in tree:
+            yield from _tensors(value)
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+class _Attention(torch.autograd.Function):
+    """Attention as one kernel, as on a GPU: no matrix of all pairs is written."""
+
+    @staticmethod
+    def forward(context: Any, q: Tensor, k: Tensor, v: Tensor, kernels: list[Kernel]) -> Tensor:
+        context.save_for_backward(q, k, v)
+        context.kernels = kernels
+        flops = 4.0 * q.numel() * k.shape[-2]
+        out = q.new_empty(*q.shape[:-1], v.shape[-1])
+        kernels.append(Kernel("attention", "product", flops, float(sum(map(_size, (q, k, v, out))))))
+        return out
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> Any:
+        q, k, v = context.saved_tensors
+        flops = 2.5 * 4.0 * q.numel() * k.shape[-2]  # five products instead of two
+        context.kernels.append(Kernel("attention_backward", "product", flops, 2.0 * sum(map(_size, (q, k, v, q)))))
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None
+
+
+class _FusedAttention(TorchFunctionMode):
+    def __init__(self, kernels: list[Kernel]) -> None:
+        super().__init__()
+        self._kernels = kernels
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is nn.functional.scaled_dot_product_attention:
+            return _Attention.apply(*args[:3], self._kernels)
+        return func(*args, **(kwargs or {}))
+
+
+@dataclass
+class Counted:
+    """A training step's kernels.
+
+    Attributes:
+        kernels: of forward and backward.
+        saved: bytes kept for backward, per image.
+        update: bytes that the optimizer, the average of the weights and the pruner read and write, per step.
+        updates: their launches.
+    """
+
+    kernels: list[Kernel] = field(default_factory=list)
+    saved: float = 0.0
+    update: float = 0.0
+    updates: int = 0
+
+    def seconds(self, gpu: Gpu, images: int, shares: Shares, precision: str) -> float:
+        """A step's time with so many images on one GPU."""
+        parts = [self._kernel_seconds(kernel, gpu, images, shares, precision) for kernel in self.kernels]
+        update = self.update / (shares.memory * gpu.bandwidth)
+        return max(sum(parts) + update, LAUNCH_S * (len(parts) + self.updates))
+
+    def _kernel_seconds(self, kernel: Kernel, gpu: Gpu, images: int, shares: Shares, precision: str) -> float:
+        peak = gpu.half
+        if precision == "float32":
+            peak = gpu.tf32 if gpu.tf32 is not None and kernel.kind == "convolution" else gpu.float32
+        memory = shares.grouped if kernel.kind == "grouped" else shares.memory
+        arithmetic = 0.0 if kernel.kind == "grouped" else images * kernel.flops / (shares.arithmetic * peak)
+        return max(arithmetic, (kernel.fixed + images * kernel.bytes) / (memory * gpu.bandwidth))
+
+
+def count_step(
+    model: nn.Module, size: tuple[int, int], precision: str, *, state: float, average: bool, pruned: float
+) -> Counted:
+    """Count a training step's kernels.
+
+    Args:
+        model: the network, anywhere; it stays as it is.
+        size: height and width of the images.
+        precision: of forward and backward.
+        state: numbers that the optimizer keeps for each weight.
+        average: whether an average of the weights is kept.
+        pruned: prunable weights; 0: none.
+    """
+    twin = copy.deepcopy(model).to("meta", torch.float32 if precision == "float32" else torch.bfloat16).train()
+    weights = sum(p.numel() for p in twin.parameters())
+    (few, _), (many, saved) = (_kernels(twin, images, size) for images in COUNTED)
+    counted = Counted(saved=saved / COUNTED[1])
+    for one, other in zip(few, many):
+        flops, growth = other.flops / COUNTED[1], (other.bytes - one.bytes) / (COUNTED[1] - COUNTED[0])
+        counted.kernels.append(Kernel(other.name, other.kind, flops, growth, max(0.0, one.bytes - COUNTED[0] * growth)))
+    # Reads the weight, its gradient and the state, writes the weight and the state; the average is read and written; the pruner
+    # reads the dense weight and its gradient, and writes the dense and the pruned one, about twice.
+    counted.update = 4.0 * (weights * (3 + 2 * state + (3 if average else 0)) + 6 * pruned)
+    counted.updates = 20
+    return counted
+
+
+def _kernels(model: nn.Module, images: int, size: tuple[int, int]) -> tuple[list[Kernel], float]:
+    """The kernels of a step with so many images, and the bytes that are kept for backward."""
+    model.zero_grad(set_to_none=True)
+    batch = torch.empty(images, 3, *size, device="meta", dtype=next(model.parameters()).dtype)
+    targets = torch.zeros(images, dtype=torch.long, device="meta")
+    with _counting_saved(model) as saved, _Counting() as counting, _FusedAttention(counting.kernels):
+        nn.functional.cross_entropy(model(batch).float(), targets).backward()
+    return counting.kernels, saved[0]
+
+
+@contextmanager
+def _counting_saved(model: nn.Module) -> Iterator[list[float]]:
+    """Counts the bytes that autograd keeps for backward, each tensor once, parameters left out."""
+    kept: list[Tensor] = []
+    seen = {id(p) for p in model.parameters()}
+    total = [0.0]
+
+    def pack(tensor: Tensor) -> Tensor:
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            kept.append(tensor)  # or another could get its number
+            total[0] += _size(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield total
+
+
+def step_on(gpu: Gpu, counted: Counted, images: int, shares: Shares, precision: str) -> StepTime:
+    """The step of `counted` on `gpu` around so many images, in the form of a measured one."""
+    small, large = max(1, images // 2), max(2, images)
+    times = [counted.seconds(gpu, n, shares, precision) for n in (small, large)]
+    per_image = (times[1] - times[0]) / (large - small)
+    return StepTime(gpu.name, max(0.0, times[0] - small * per_image), per_image, counted.saved, (small, large))
