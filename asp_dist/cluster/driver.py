@@ -177,7 +177,9 @@ class _Launch:
             train_loop_per_worker,
             train_loop_config={"job": Job(self.config, files, self.train, user_keys.from_environment())},
             torch_config=ClusterTorchConfig(
-                backend="cpu:gloo,cuda:nccl" if needed.gpus else "gloo", timeout_s=math.ceil(cluster.timeout_s)
+                backend="cpu:gloo,cuda:nccl" if needed.gpus else "gloo",
+                timeout_s=math.ceil(cluster.timeout_s),
+                logs=self.log,
             ),
             scaling_config=ScalingConfig(
                 num_workers=(needed.sizes[0], needed.sizes[-1]) if elastic else needed.sizes[-1],

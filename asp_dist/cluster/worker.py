@@ -172,7 +172,12 @@ class ClusterTorchConfig(TorchConfig):
     """Ray Train's process group over the network interface by which the node joined the cluster.
 
     Left alone, gloo takes the interface that the host's name resolves to, which on many machines is the loopback.
+
+    Args:
+        logs: folder that a collective which does not finish is recorded in; see `record_collectives`.
     """
+
+    logs: str = ""
 
     @property
     def backend_cls(self) -> type[_ClusterBackend]:
@@ -182,6 +187,8 @@ class ClusterTorchConfig(TorchConfig):
 class _ClusterBackend(TorchBackend):
     def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
         worker_group.execute(use_cluster_interface)
+        if isinstance(backend_config, ClusterTorchConfig) and backend_config.logs:
+            worker_group.execute(record_collectives, backend_config.logs)
         super().on_start(worker_group, backend_config)
 
 
@@ -192,6 +199,16 @@ def use_cluster_interface() -> None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
         if name != "lo":
             os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
+
+
+def record_collectives(logs: str) -> None:
+    """Let NCCL's flight recorder write each rank's latest collectives to `logs` when one does not finish in time.
+
+    ``torchfrtrace`` reads the files and names the rank that the others waited for. The user's own settings win.
+    """
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+    os.environ.setdefault("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", f"{logs}/nccl_trace_rank_")
 
 
 def interface_of(address: str) -> str | None:

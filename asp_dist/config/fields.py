@@ -239,6 +239,7 @@ class TrainingConfig:
         max_bad_steps: steps with a non-finite loss or gradient in a row that end the run.
         max_steps: end after this many optimizer steps, regardless of the epochs; for trials.
         max_minutes: stop so many minutes after the start, with a checkpoint and exit code 75; the same command goes on.
+        profile_steps: steps that rank 0 profiles, after the first ones; see ``train --profile``. 0: none.
     """
 
     seed: int = 0
@@ -258,8 +259,10 @@ class TrainingConfig:
     max_bad_steps: int = 10
     max_steps: int | None = None
     max_minutes: float | None = None
+    profile_steps: int = 0
 
     def __post_init__(self) -> None:
+        check(self.profile_steps >= 0, f"training.profile_steps = {self.profile_steps} must not be negative")
         for name in ("accumulate", "eval_every", "log_every", "max_bad_steps", "max_steps", "max_minutes"):
             check_positive(f"training.{name}", getattr(self, name))
         check_fraction("training.bce_threshold", self.bce_threshold)
@@ -402,6 +405,8 @@ class TrackingConfig:
         entity: wandb user or team.
         group: wandb group.
         tags: wandb tags.
+        also: further trackers that get the same rows: ``tensorboard`` (in the run's folder), ``mlflow`` (where
+            ``MLFLOW_TRACKING_URI`` says, else in the run's folder).
         upload_model: store the finished network in wandb, besides its configuration and table of layers.
         timeout_s: seconds to wait for the wandb server before going offline.
         layers_every: optimizer steps between logged layer statistics; 0: at evaluations only.
@@ -414,6 +419,7 @@ class TrackingConfig:
     entity: str | None = None
     group: str | None = None
     tags: tuple[str, ...] = ()
+    also: tuple[Literal["tensorboard", "mlflow"], ...] = ()
     upload_model: bool = True
     timeout_s: float = 10.0
     layers_every: int = 0

@@ -17,7 +17,7 @@ from asp_dist.errors import UserError
 FREE_ON_RESUME = (
     *("cluster", "tracking", "resume", "output", "data.threads", "data.prefetch", "data.dali", "data.eval_batch_size"),
     *("training.log_every", "training.max_bad_steps", "training.max_minutes", "training.device", "training.compile"),
-    "pruning.agreement_every",
+    *("training.profile_steps", "pruning.agreement_every"),
 )
 # Fields that no resumed run can change, not even by resume.allow_changes, and why.
 _AT_START = "it says how a run starts, and this one has started"

@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import FrameType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd import profiler
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
@@ -578,6 +579,12 @@ def runs_on_device(device: torch.device) -> bool:
 
 
 Callback = Callable[[Optimizer], None]
+PRUNING = "asp_dist: pruning"  # the engine's name in a profiler's trace
+
+
+def annotated(name: str) -> AbstractContextManager[Any]:
+    """A block that a profiler which runs sees under that name; without one it costs nothing."""
+    return profiler.record_function(name) if profiler._is_profiler_enabled else nullcontext()
 
 
 class StepHooks:
@@ -616,7 +623,8 @@ class StepHooks:
                 raise ValueError(
                     "optimizer.step(closure) runs the network inside the step, with dense weights: step without one"
                 )
-            self.before(optimizer)
+            with annotated(PRUNING):
+                self.before(optimizer)
             self._frame = caller
         elif not _is_running(self._frame, caller):
             raise RuntimeError(
@@ -627,7 +635,8 @@ class StepHooks:
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if sys._getframe(1) is self._frame:
             self._frame = None
-            self.after(optimizer)
+            with annotated(PRUNING):
+                self.after(optimizer)
 
 
 def _is_running(frame: FrameType, innermost: FrameType) -> bool:

@@ -27,7 +27,10 @@ __all__ = [
     "DATA_TIME",
     "EVAL",
     "EVENT",
+    "FASTEST_TIME",
     "FORWARD_BACKWARD_TIME",
+    "GPU_MEMORY",
+    "GPU_UTILIZATION",
     "GRAD_NORM",
     "IDENTITY_FILE",
     "IMAGES_PER_SECOND",
@@ -45,6 +48,8 @@ __all__ = [
     "MODEL_FILE",
     "PREDICTED_SPARSITY",
     "REPORT_FILE",
+    "SLOWEST_RANK",
+    "SLOWEST_TIME",
     "SPARSITY_LOSS",
     "STEP_TIME",
     "SUMMARY_FILE",
@@ -91,6 +96,13 @@ IMAGES_PER_SECOND: Final = "train/images_per_second"
 STEP_TIME: Final = "time/step"
 DATA_TIME: Final = "time/data"
 FORWARD_BACKWARD_TIME: Final = "time/forward_backward"
+# Of several ranks: whose images and forward passes took longest, how long, and how long the fastest rank's
+SLOWEST_RANK: Final = "ranks/slowest"
+SLOWEST_TIME: Final = "ranks/slowest_time"
+FASTEST_TIME: Final = "ranks/fastest_time"
+# On a GPU, of rank 0: bytes allocated at most since the last row, and the share of the time that some kernel ran
+GPU_MEMORY: Final = "gpu/memory"
+GPU_UTILIZATION: Final = "gpu/utilization"
 
 # Metrics of a validation; accuracies are fractions
 VAL: Final = "val/"

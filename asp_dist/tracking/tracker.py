@@ -6,7 +6,7 @@ import math
 import threading
 import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,15 +14,27 @@ from asp_dist.config import Config
 from asp_dist.errors import UserError
 from asp_dist.pruning.names import LayerRow
 from asp_dist.tracking.console import duration
+from asp_dist.tracking.further import FurtherTracker, start_further
 from asp_dist.tracking.layer_rows import LayerFile, read_layers
 from asp_dist.tracking.rows import MetricsFile, Row
-from asp_dist.tracking.schema import DATA_TIME, METRICS_FILE, STEP_TIME, TRAIN_LOSS, WARNING
+from asp_dist.tracking.schema import (
+    DATA_TIME,
+    FASTEST_TIME,
+    METRICS_FILE,
+    SLOWEST_RANK,
+    SLOWEST_TIME,
+    STEP_TIME,
+    TRAIN_LOSS,
+    WARNING,
+)
 from asp_dist.tracking.wandb import wandb_run
 
 Alert = tuple[str, str]
 
 STARVED_SHARE = 0.5  # of a step's time spent waiting for images
 STARVED_ROWS = 5  # such rows in a row
+SLOW_SHARE = 0.3  # of a step's time that one rank takes longer than the fastest
+SLOW_ROWS = 10  # in a row with the same rank
 BUDGET_TOLERANCE = 5e-4
 SILENT_LEAST_S = 600.0  # without a row, and
 SILENT_INTERVALS = 20  # times as long as between the last two
@@ -34,9 +46,10 @@ class Watch:
     def __init__(self) -> None:
         self._bad_loss = False
         self._starved = 0
+        self._slow: dict[int, int] = {}
 
     def row(self, row: dict[str, Any]) -> list[Alert]:
-        """Alerts that `row` gives rise to: a loss that is not finite, workers that wait for images."""
+        """Alerts that `row` gives rise to: a loss that is not finite, workers that wait for images, a slow rank."""
         alerts: list[Alert] = []
         if TRAIN_LOSS in row:
             bad = row[TRAIN_LOSS] is None or not math.isfinite(row[TRAIN_LOSS])
@@ -49,6 +62,12 @@ class Watch:
             if self._starved == STARVED_ROWS:
                 text = f"workers wait for images during {share:.0%} of a step; raise data.threads or data.prefetch"
                 alerts.append(("Input is stalled", text))
+        if row.get(SLOWEST_TIME) and row.get(STEP_TIME):
+            rank, behind = int(row[SLOWEST_RANK]), row[SLOWEST_TIME] - row[FASTEST_TIME]
+            self._slow = {rank: self._slow.get(rank, 0) + 1} if behind > SLOW_SHARE * row[STEP_TIME] else {}
+            if self._slow.get(rank) == SLOW_ROWS:
+                text = f"its images and forward passes take {behind:.3f} s longer than the fastest rank's, and the others wait"
+                alerts.append((f"Rank {rank} is slow", text))
         return alerts
 
     def summary(self, summary: dict[str, Any]) -> list[Alert]:
@@ -123,16 +142,24 @@ class Tracker:
 
 
 class RunTracker(Tracker):
-    """Rank 0's tracker: ``metrics.jsonl``, ``layers.jsonl``, ``layers.json`` and wandb.
+    """Rank 0's tracker: ``metrics.jsonl``, ``layers.jsonl``, ``layers.json``, wandb and further trackers.
 
     What went to the metrics file but not into wandb before a kill is given to wandb first.
     """
 
-    def __init__(self, run_dir: Path, metrics: MetricsFile, layers: LayerFile, run: wandb_run.WandbRun | None) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        metrics: MetricsFile,
+        layers: LayerFile,
+        run: wandb_run.WandbRun | None,
+        further: Sequence[FurtherTracker] = (),
+    ) -> None:
         self.run_dir = run_dir
         self._metrics = metrics
         self._layers = layers
         self._run = run
+        self._further = list(further)
         self._watch = Watch()
         self._lock = threading.RLock()  # the heartbeat alerts from its own thread
         self._heart = Heartbeat(self._silent)
@@ -169,6 +196,7 @@ class RunTracker(Tracker):
         if written is None:
             return
         self._to_wandb(lambda run: run.log(written))
+        self._to_further(lambda tracker: tracker.log(written))
         for title, text in self._watch.row(row):
             self.alert(title, text)
 
@@ -193,6 +221,7 @@ class RunTracker(Tracker):
         for title, text in self._watch.summary(summary):
             self.alert(title, text)
         self._to_wandb(lambda run: run.finish(self.run_dir, summary, exit_code))
+        self._to_further(lambda tracker: tracker.finish(summary, exit_code))
         self._layers.close()
         self._metrics.close()
 
@@ -206,6 +235,16 @@ class RunTracker(Tracker):
             self._run = None
             text = f"wandb failed ({type(error).__name__}: {error}); the run continues in {self._metrics.path}"
             self._metrics.append(self._step, {"event": WARNING, "message": text})
+
+    def _to_further(self, call: Callable[[FurtherTracker], None]) -> None:
+        """Run `call` on each further tracker; one that fails is left out from then on, and recorded."""
+        for tracker in list(self._further):
+            try:
+                call(tracker)
+            except Exception as error:
+                self._further.remove(tracker)
+                text = f"{tracker.name} failed ({type(error).__name__}: {error}); the run continues in {self._metrics.path}"
+                self._metrics.append(self._step, {"event": WARNING, "message": text})
 
 
 def build_tracker(config: Config, run_dir: Path, *, rank: int, resume_step: int = 0) -> Tracker:
@@ -231,10 +270,17 @@ def build_tracker(config: Config, run_dir: Path, *, rank: int, resume_step: int 
         raise
     except Exception as error:  # its service does not start, or fails: no reason not to train
         problem = f"wandb does not track this run ({type(error).__name__}: {error}); the record is in {run_dir / METRICS_FILE}"
+    problems = [problem] if problem else []
+    further = []
+    for name in config.tracking.also:
+        try:
+            further.append(start_further(config, run_dir, resume_step, name))
+        except Exception as error:
+            problems.append(f"{name} does not track this run ({type(error).__name__}: {error})")
     metrics = MetricsFile(run_dir / METRICS_FILE, resume_step)
-    tracker = RunTracker(run_dir, metrics, LayerFile(run_dir, resume_step), run)
-    if problem:
-        tracker.log(resume_step, {"event": "tracking", "message": problem})
+    tracker = RunTracker(run_dir, metrics, LayerFile(run_dir, resume_step), run, further)
+    for text in problems:
+        tracker.log(resume_step, {"event": "tracking", "message": text})
     if run and run.mode.reason:
         message = f"wandb tracks this run offline: {run.mode.reason}. Upload it later: {wandb_run.sync_line(run_dir)}"
         tracker.log(resume_step, {"event": "tracking", "message": message})

@@ -24,6 +24,7 @@ from asp_dist.data.images import build_spec
 from asp_dist.models import build_model
 from asp_dist.pruning import Pruner, Snapshot
 from asp_dist.tracking import Tracker
+from asp_dist.tracking.profile import StepProfile
 from asp_dist.training import build
 from asp_dist.training.hooks import Hooks
 from asp_dist.training.meter import Meter
@@ -105,6 +106,7 @@ class Run:
         watched_until: the step from which it may, after a bad one.
         pending: flags that are on their way to the host.
         deadline: when to stop, by this process's monotonic clock.
+        profile: looks into some of the steps, on rank 0.
     """
 
     config: Config
@@ -128,6 +130,7 @@ class Run:
     total_steps: int
     identity: str
     buffers: BufferGuard
+    profile: StepProfile
     step: int = 0
     closed_epochs: int = 0
     bad_steps: int = 0
@@ -223,6 +226,7 @@ def build_run(config: Config, world: World, hooks: Hooks, checkpoints: Checkpoin
         total_steps=total_steps,
         identity=identity,
         buffers=BufferGuard(model),
+        profile=StepProfile(run_dir(config), training.profile_steps if world.is_main else 0, world.device),
         late=world.device.type == "cuda" and not is_sharded(model),
         deadline=time.monotonic() + 60.0 * (training.max_minutes or math.inf),
     )

@@ -23,6 +23,7 @@ from asp_dist.training import checkpointing, health
 from asp_dist.training.build import DTYPES
 from asp_dist.training.evaluation import evaluate_model
 from asp_dist.training.hooks import Hooks, Stopped
+from asp_dist.training.meter import of_gpu
 from asp_dist.training.run import Run, build_run
 from asp_dist.training.validation import finish_run, validate
 from asp_dist.training.world import World
@@ -85,6 +86,7 @@ def _train(config: Config, world: World, hooks: Hooks) -> dict[str, Any]:
         except Stopped as stopped:
             problem = checkpointing.save_and_wait(run)
             raise Stopped(stopped.reason, stopped.step, problem) from None
+        log_profile(run, run.profile.close())
         summary = finish_run(run)
         code = 0
         return summary
@@ -117,6 +119,7 @@ def train_epoch(run: Run, epoch: int) -> None:
         if run.step % config.training.log_every == 0 or run.step == run.end_of(epoch):
             log_step(run)
         run.hooks.after_step(run)
+        log_profile(run, run.profile.step())
         stop = decision.stop
         if stop or decision.save or run.step == run.end_of(epoch):
             stop = health.settle(run) or stop
@@ -194,10 +197,17 @@ def forward_backward(run: Run, images: Tensor, targets: Tensor, *, last: bool) -
         images = images.contiguous(memory_format=torch.channels_last)
     no_sync = getattr(run.ddp_model, "no_sync", None)
     with nullcontext() if last or no_sync is None else no_sync():
-        with torch.autocast(run.world.device.type, DTYPES[training.precision], enabled=training.precision != "float32"):
+        autocast = torch.autocast(run.world.device.type, DTYPES[training.precision], enabled=training.precision != "float32")
+        with autocast, run.meter.clock("forward"):
             loss: Tensor = run.loss(run.ddp_model(images), targets) / training.accumulate
         (loss if run.scaler is None else run.scaler.scale(loss)).backward(loss.detach() * 0.0 + 1.0 if run.late else None)
     return loss.detach()
+
+
+def log_profile(run: Run, place: str | None) -> None:
+    """Say where a profile lies, once it is written."""
+    if place is not None:
+        run.tracker.log(run.step, {"event": "profile", "message": place})
 
 
 def log_step(run: Run) -> None:
@@ -208,6 +218,7 @@ def log_step(run: Run) -> None:
         "epoch": run.step / run.steps_per_epoch,
         LR: max(group["lr"] for group in run.optimizer.param_groups),
         **run.meter.row(),
+        **of_gpu(run.world.device),
     }
     now = run.pruner.snapshot() if run.pruner is not None else None
     if now is not None:
