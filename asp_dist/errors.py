@@ -39,6 +39,11 @@ def check(condition: bool, message: str) -> None:
 
 def missing_data(root: str) -> UserError:
     """The error of a data set that is not there; names the command that writes it, as far as its folder tells which it is."""
+    if "://" in root:
+        return UserError(
+            f"data.root = {root}: nothing is there. `asp-dist prepare DATASET --target {root}` writes a data set there; the "
+            "endpoint and the keys are those of the environment (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_PROFILE, ...)"
+        )
     for data_set in ("imagenet", "cifar100", "cifar10"):
         if data_set in root.lower():
             source = {"imagenet": "the official archives"}.get(data_set, "torchvision's files")

@@ -32,7 +32,8 @@ def check_quickly(config: Config, *, here: bool = True) -> None:
         raise UserError(f"optimizer.name = {name!r} is not an optimizer of timm{closest(optimizer, optimizers)}")
     if not here:
         return
-    if config.data.backend != "synthetic" and not Path(config.data.root).expanduser().is_dir():
+    remote = "://" in config.data.root
+    if config.data.backend != "synthetic" and not remote and not Path(config.data.root).expanduser().is_dir():
         raise missing_data(config.data.root)
     if config.model.weights is not None and "://" not in config.model.weights:
         file = Path(config.model.weights).expanduser()

@@ -36,6 +36,7 @@ ORDER = [
     {"weight_files"},
     {"config"},
     {"pruning"},
+    {"object_store"},
     {"errors", "files"},
 ]
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}

@@ -115,7 +115,7 @@ def bare_sources(samples: Samples, batch: int, options: LoaderOptions) -> dict[s
         def run() -> Iterator[int]:
             part: IndexArray = np.arange(len(samples) // batch * batch)
             arguments = pipeline_options(options, batch, len(part) // batch)
-            with reader_of(samples, part) as reader:
+            with reader_of(samples, part, batch) as reader:
                 pipeline = build(reader, seed=1, **arguments)
                 pipeline.build()
             bare = PipelineRun(pipeline, len(part) // batch, arguments["prefetch_queue_depth"], reader.tar, channels_last=False)

@@ -129,7 +129,7 @@ def check_storage(config: Config, files: LaunchFiles, nodes: list[dict[str, Any]
         UserError: a node does not; the message names it and the folder.
     """
     usable = [node for node in nodes if node["Alive"] and _room(node["Resources"], needed)]
-    data = None if config.data.backend == "synthetic" else config.data.root
+    data = None if config.data.backend == "synthetic" or "://" in config.data.root else config.data.root
     this_node = ray.get_runtime_context().get_node_id()
     look = ray.remote(num_cpus=0, max_retries=0)(_missing_folders)
     pending = {

@@ -118,7 +118,11 @@ class DataConfig:
     """The images and how they reach the network.
 
     Args:
-        root: the data set: a folder with ``train/CLASS/*`` and ``val/CLASS/*``, manifests, or tar shards.
+        root: the data set: a folder with ``train/CLASS/*`` and ``val/CLASS/*``, manifests, or tar shards. Manifests and shards
+            may lie in an object store: ``s3://bucket/imagenet``.
+        cache: folder on each node that keeps copies of the images of an object store, filled in the first epoch.
+        cache_gb: what the cache may take up, in 10^9 bytes; None: no limit.
+        cache_keep: keep the cache after the end of the run, for others.
         backend: ``dali`` (default), ``torch`` (timm's loader) or ``synthetic`` (random tensors that cost nothing).
         format: how `root` is laid out; ``auto`` looks.
         train: name of the training split's folder, manifest or shard prefix under `root`.
@@ -136,6 +140,9 @@ class DataConfig:
     """
 
     root: str = "data/digits"
+    cache: str | None = None
+    cache_gb: float | None = None
+    cache_keep: bool = True
     backend: Backend = "dali"
     format: DataFormat = "auto"
     train: str = "train"
@@ -154,8 +161,14 @@ class DataConfig:
     def __post_init__(self) -> None:
         check_address("data.root", self.root)
         check(self.batch_size >= 1, f"data.batch_size = {self.batch_size} must be at least 1")
-        for name in ("eval_batch_size", "input_size", "threads", "prefetch", "synthetic_classes"):
+        for name in ("eval_batch_size", "input_size", "threads", "prefetch", "synthetic_classes", "cache_gb"):
             check_positive(f"data.{name}", getattr(self, name))
+        check(
+            self.cache is None or "://" in self.root,
+            f"data.cache = {self.cache} keeps copies of an object store's images, but data.root = {self.root} is a folder: "
+            "leave data.cache out",
+        )
+        check(self.cache is None or "://" not in self.cache, f"data.cache = {self.cache} must be a folder of the node")
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from asp_dist.errors import UserError
 # Fields that say where and how a run is computed and watched, not what: a resumed run may change them freely.
 FREE_ON_RESUME = (
     *("cluster", "tracking", "resume", "output", "data.threads", "data.prefetch", "data.dali", "data.eval_batch_size"),
+    *("data.cache", "data.cache_gb", "data.cache_keep"),
     *("training.log_every", "training.max_bad_steps", "training.max_minutes", "training.device", "training.compile"),
     *("training.profile_steps", "pruning.agreement_every"),
 )

@@ -8,6 +8,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from asp_dist.config import AugmentConfig, DaliConfig
 from asp_dist.data.images import ImageSpec, progressive_size
 from asp_dist.data.order import EpochPlan, eval_part, eval_steps
+from asp_dist.data.remote import Cache
 from asp_dist.data.samples import IndexArray, Samples
 
 log = logging.getLogger(__name__)
@@ -39,6 +41,9 @@ class LoaderOptions:
         epochs: length of the training.
         channels_last: memory order of the images; nothing else changes.
         dali: how DALI uses a GPU.
+        cache: folder for copies of an object store's images; None: none are kept.
+        cache_bytes: what it may take up; None: no limit.
+        node_ranks: ranks of this node, which share it.
     """
 
     spec: ImageSpec
@@ -53,6 +58,15 @@ class LoaderOptions:
     epochs: int = 1
     channels_last: bool = False
     dali: DaliConfig = DaliConfig()
+    cache: Path | None = None
+    cache_bytes: float | None = None
+    node_ranks: int = 1
+
+    def cache_of(self, samples: Samples | None) -> Cache | None:
+        """The cache of a split, for this rank; None: there is none."""
+        if self.cache is None or samples is None:
+            return None
+        return Cache(self.cache, samples, self.cache_bytes, writer=f"{self.rank}", writers=self.node_ranks)
 
     def spec_in(self, epoch: int) -> ImageSpec:
         """The training images' spec in `epoch`."""
@@ -67,12 +81,16 @@ class TrainLoader(ABC):
         samples: the training split; None for the synthetic source.
         plan: how an epoch is dealt to steps and ranks.
         options: everything else.
+
+    Attributes:
+        cache: the node's copy of an object store's images, if it keeps one.
     """
 
     backend: str
 
     def __init__(self, samples: Samples | None, plan: EpochPlan, options: LoaderOptions) -> None:
         self.samples, self.plan, self.options = samples, plan, options
+        self.cache = options.cache_of(samples)
         self.steps_per_epoch = plan.steps
         self.samples_per_epoch = plan.steps * plan.batch_size
         self._epoch = self._taken = self._first_step = 0
@@ -85,6 +103,8 @@ class TrainLoader(ABC):
             DataError: a file that does not decode, with its name.
             DataReadError: a file that cannot be read now.
         """
+        if self.cache is not None:
+            self.cache.refresh()
         restored, self._restored = self._restored, None
         self._epoch, self._first_step, self._taken = epoch, step, step * self.plan.accumulate
         pipeline = None
@@ -171,10 +191,14 @@ class ValLoader(ABC):
         num_samples: validation samples over all ranks.
         batch_size: samples per batch on one rank.
         options: everything else.
+
+    Attributes:
+        cache: the node's copy of an object store's images, if it keeps one.
     """
 
     def __init__(self, samples: Samples | None, num_samples: int, batch_size: int, options: LoaderOptions) -> None:
         self.samples, self.num_samples, self.batch_size, self.options = samples, num_samples, batch_size, options
+        self.cache = options.cache_of(samples)
         self.part = eval_part(num_samples, options.rank, options.world_size)
         self.steps = eval_steps(num_samples, batch_size, options.world_size)
 

@@ -9,6 +9,7 @@ from asp_dist.config import DataConfig
 from asp_dist.data.formats.folder import class_folders, scan_folder
 from asp_dist.data.formats.manifest import CLASSES, manifest_path, read_classes, read_manifest
 from asp_dist.data.formats.shards import read_shards, shard_files
+from asp_dist.data.remote import Place, RemotePath, place_of_data
 from asp_dist.data.samples import Samples
 from asp_dist.errors import UserError, check, missing_data
 
@@ -44,7 +45,7 @@ class DataSet:
     val: Samples
 
 
-def class_names(root: Path, classes: tuple[str, ...]) -> tuple[str, ...]:
+def class_names(root: Place, classes: tuple[str, ...]) -> tuple[str, ...]:
     """The classes for people: from ``classes.tsv`` under `root`, else timm's names of synsets, else the ids."""
     table = read_classes(root)
     known: dict[str, str] = {}
@@ -59,7 +60,7 @@ def class_names(root: Path, classes: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(known.get(c, c) for c in classes)
 
 
-def detect_format(root: Path, split: str) -> str:
+def detect_format(root: Place, split: str) -> str:
     """How `split` is laid out under `root`: a manifest goes before shards, and shards before class folders."""
     if manifest_path(root, split) is not None:
         return "manifest"
@@ -72,21 +73,31 @@ def open_data_set(data: DataConfig) -> DataSet:
     Raises:
         UserError: it is missing, empty, has one class, its splits do not fit together, or `asp-dist prepare` has not ended.
     """
-    root = Path(data.root)
+    root = place_of_data(data.root)
     if not root.is_dir():
         raise missing_data(data.root)
+    check(
+        data.backend != "torch" or isinstance(root, Path),
+        f"data.backend = torch reads folders of this machine alone: use data.backend = dali for {data.root}",
+    )
     check(
         not (root / PREPARED).is_file() or (root / CLASSES).is_file(),
         f"data.root = {data.root} is incomplete: `asp-dist prepare` began to write it and has not ended; start it again",
     )
     kind = detect_format(root, data.train) if data.format == "auto" else data.format
-    if kind == "folder":
+    if isinstance(root, RemotePath):
+        check(
+            kind != "folder",
+            f"data.root = {data.root} has no manifest and no shards, and folders in a store are not walked at every start: "
+            f"`asp-dist prepare manifest --source {data.root}` writes the manifests, next to the images",
+        )
+    elif kind == "folder":
         classes = class_folders(root / data.train)
         check(bool(classes), f"data: {root / data.train} is empty: expected one folder per class")
         _check_classes(root / data.train, classes)
         names = class_names(root, classes)
         train, val = scan_folder(root, data.train, classes), scan_folder(root, data.val, classes)
-    else:
+    if kind != "folder":
         table = read_classes(root)
         limit = None if table is None else len(table[0])
         train, val = (_open_split(kind, root, split, limit) for split in (data.train, data.val))
@@ -97,11 +108,11 @@ def open_data_set(data: DataConfig) -> DataSet:
     return DataSet(DataInfo(len(train), len(val), classes, names, kind), train, val)
 
 
-def _check_classes(split: Path, classes: tuple[str, ...]) -> None:
+def _check_classes(split: Place, classes: tuple[str, ...]) -> None:
     check(len(classes) > 1, f"data: {split} has one class ({classes[0]}): classification needs at least two classes")
 
 
-def _open_split(kind: str, root: Path, split: str, num_classes: int | None) -> Samples:
+def _open_split(kind: str, root: Place, split: str, num_classes: int | None) -> Samples:
     if kind == "shards":
         return read_shards(root, split, num_classes)
     path = manifest_path(root, split)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +31,12 @@ class Loaders:
         """Let go of threads, processes and files."""
         self.train.close()
         self.val.close()
+
+    def remove_caches(self) -> None:
+        """Delete the node's copies of an object store's images."""
+        for cache in (self.train.cache, self.val.cache):
+            if cache is not None:
+                cache.remove()
 
 
 def build_loaders(
@@ -74,6 +82,9 @@ def build_loaders(
         epochs=epochs,
         channels_last=channels_last,
         dali=data.dali,
+        cache=None if data.cache is None else Path(data.cache).expanduser(),
+        cache_bytes=None if data.cache_gb is None else 1e9 * data.cache_gb,
+        node_ranks=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
     )
     if data.backend == "synthetic":
         return _synthetic(data, options, accumulate)

@@ -9,12 +9,12 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import overload
 
 import numpy as np
 from numpy.typing import NDArray
 
+from asp_dist.data.remote import Place, RemotePath
 from asp_dist.errors import check
 
 IndexArray = NDArray[np.int64]
@@ -79,7 +79,7 @@ class Samples:
     """One split of a data set.
 
     Args:
-        root: folder that `names` (or `shards`) are relative to.
+        root: folder that `names` (or `shards`) are relative to, here or in an object store.
         names: N file paths, or the names of members inside shards.
         labels: int64 [N], indices into the classes.
         shards: tar files relative to `root`; empty for single files.
@@ -88,7 +88,7 @@ class Samples:
         size: int64 [N], bytes of the image.
     """
 
-    root: Path
+    root: Place
     names: Names
     labels: IndexArray
     shards: tuple[str, ...] = ()
@@ -120,7 +120,8 @@ class Samples:
         """Bytes of the file that sample `index` lies in; None: there is none."""
         name = self.names[index] if self.shard is None else self.shards[int(self.shard[index])]
         try:
-            return (self.root / name).stat().st_size
+            path = self.root / name
+            return path.size() if isinstance(path, RemotePath) else path.stat().st_size
         except OSError:
             return None
 
@@ -140,6 +141,8 @@ class Samples:
             assert self.offset is not None and self.size is not None
             path = self.root / self.shards[int(self.shard[index])]
             offset, size = int(self.offset[index]), int(self.size[index])
+        if isinstance(path, RemotePath):
+            return path.read(offset, size)
         with path.open("rb") as file:
             if fresh:
                 with suppress(OSError):  # a file system may not know the request

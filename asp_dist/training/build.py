@@ -43,7 +43,7 @@ def open_data(data: DataConfig, world: World) -> DataSet | None:
     if data.backend == "synthetic":
         return None
     data_set = world.on_main(lambda: open_data_set(data))
-    if world.world_size > 1:
+    if world.world_size > 1 and "://" not in data.root:
         check_copies(data_set, world)
     return data_set
 

@@ -13,11 +13,12 @@ from asp_dist.checkpoint.folder_lock import hold_lease, place_of
 from asp_dist.checkpoint.format import Manifest, versions
 from asp_dist.checkpoint.manager import CheckpointManager, Event, Found
 from asp_dist.checkpoint.record import run_dir
-from asp_dist.checkpoint.remote_storage import Mirror, RemoteStore, StoredLease, open_storage
+from asp_dist.checkpoint.remote_storage import Mirror, RemoteStore, StoredLease
 from asp_dist.checkpoint.storage import LocalStore, Store
 from asp_dist.config import Config, differences, to_dict
 from asp_dist.errors import UserError
 from asp_dist.files import WAITS_S, retry
+from asp_dist.object_store import open_storage
 from asp_dist.tracking.rows import dropped_name, read_rows
 from asp_dist.tracking.schema import (
     CONFIG_FILE,

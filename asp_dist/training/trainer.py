@@ -100,6 +100,8 @@ def _train(config: Config, world: World, hooks: Hooks) -> dict[str, Any]:
             run.hooks.finished(run.folder)
             checkpointing.send_results(run, checkpointing.GROWING)
         run.loaders.close()
+        if not code and not config.data.cache_keep:
+            run.loaders.remove_caches()
 
 
 def train_epoch(run: Run, epoch: int) -> None:

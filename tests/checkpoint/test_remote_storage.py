@@ -27,9 +27,10 @@ from asp_dist.checkpoint.folder_lock import FolderBusy, hold_lease, place_of
 from asp_dist.checkpoint.format import read_checkpoint
 from asp_dist.checkpoint.manager import CheckpointManager
 from asp_dist.checkpoint.record import run_dir
-from asp_dist.checkpoint.remote_storage import RemoteStore, StoredLease, open_storage
+from asp_dist.checkpoint.remote_storage import RemoteStore, StoredLease
 from asp_dist.config import Config, OutputConfig
 from asp_dist.errors import UserError
+from asp_dist.object_store import open_storage
 from asp_dist.tracking import read_rows
 from asp_dist.tracking.tracker import RunTracker
 from asp_dist.training import checkpointing

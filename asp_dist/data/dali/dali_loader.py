@@ -103,7 +103,7 @@ def serve(
         wanted = part[start : start + size]
         try:
             images, positions = run.next()
-        except (RuntimeError, MemoryError) as error:
+        except (RuntimeError, MemoryError, OSError) as error:
             ahead = part[start : start + (options.prefetch + 2) * size]
             raise pipeline_error(error, samples, ahead, where=where(start // size)) from error
         real = len(wanted)
@@ -161,7 +161,7 @@ class DaliTrain(TrainLoader):
         options = self.options
         key = [options.seed % 2**64, epoch, options.rank, self._first_step]
         arguments = pipeline_options(options, self.plan.micro, batches)
-        with reader_of(self.samples, part) as reader:
+        with reader_of(self.samples, part, self.plan.micro, self.cache) as reader:
             pipeline = train_pipeline(
                 reader,
                 options.spec_in(epoch),
@@ -214,7 +214,7 @@ class DaliVal(ValLoader):
         if batches == 0:
             return
         arguments = pipeline_options(self.options, size, batches)
-        with reader_of(self.samples, part) as reader:
+        with reader_of(self.samples, part, size, self.cache) as reader:
             pipeline = val_pipeline(reader, self.options.spec, placement(self.options), **arguments)
             build(pipeline, self.samples, part, where=f"rank {self.options.rank}, validation batch 0")
         run = PipelineRun(pipeline, batches, arguments["prefetch_queue_depth"], reader.tar, self.options.channels_last)

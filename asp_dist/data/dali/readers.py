@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from nvidia.dali import fn
+from nvidia.dali import fn, types
 
 from asp_dist.data.formats.shards import index_lines
+from asp_dist.data.remote import Cache, Fetcher, RemotePath
 from asp_dist.data.samples import IndexArray, Samples
 
 # File systems on which plain reads beat memory maps.
@@ -29,13 +30,23 @@ class Reader:
     Args:
         arguments: of ``fn.readers.file`` or ``fn.readers.webdataset``.
         tar: whether it is the latter.
+        fetcher: gives the images instead, from an object store.
     """
 
     arguments: dict[str, Any]
     tar: bool
+    fetcher: Fetcher | None = None
 
     def __call__(self, *, pad: bool = False) -> tuple[Any, Any]:
         """In a graph: encoded bytes, and text that ends in the position in the part, uint8 [B, ...] or int32 [B, 1]."""
+        if self.fetcher is not None:
+            encoded, position = fn.external_source(
+                self.fetcher, 2, batch=True, batch_info=True, dtype=[types.UINT8, types.INT32], ndim=[1, 1]
+            )
+            # DALI deals the pipeline's seeds out in turn, and its own readers take the first: one is taken here as well, so
+            # that the augmentation draws what it draws from a disk.
+            taken = fn.random.uniform(range=(0.0, 1.0), shape=[1])
+            return fn.reshape(encoded, rel_shape=taken * 0.0 + 1.0), position
         if self.tar:
             encoded = fn.readers.webdataset(ext=["img"], pad_last_batch=pad, name="reader", **self.arguments)
             return encoded, fn.get_property(encoded, key="source_info")
@@ -51,9 +62,20 @@ def positions(output: Any, tar: bool) -> IndexArray:
 
 
 @contextmanager
-def reader_of(samples: Samples, part: IndexArray) -> Iterator[Reader]:
-    """A reader of the samples `part` (int64 [M]) in that order; its lists live until the pipeline has been built."""
-    plain = {"dont_use_mmap": True} if on_network(samples.root) else {}
+def reader_of(samples: Samples, part: IndexArray, batch: int, cache: Cache | None = None) -> Iterator[Reader]:
+    """A reader of the samples `part` (int64 [M]) in that order; its lists live until the pipeline has been built.
+
+    Args:
+        samples: the split.
+        part: the samples to read.
+        batch: images per batch.
+        cache: the node's copy of an object store's images.
+    """
+    if isinstance(samples.root, RemotePath):
+        yield Reader({}, tar=False, fetcher=Fetcher(samples, part, batch, cache))
+        return
+    root = samples.root
+    plain = {"dont_use_mmap": True} if on_network(root) else {}
     with tempfile.TemporaryDirectory(prefix="asp-dist-") as folder:
         if samples.shard is None:
             path = Path(folder) / "files"
@@ -61,7 +83,7 @@ def reader_of(samples: Samples, part: IndexArray) -> Iterator[Reader]:
                 for first in range(0, len(part), CHUNK):
                     names = samples.names.take(part[first : first + CHUNK])
                     file.writelines([b"%b %d\n" % (name, i) for i, name in enumerate(names, first)])
-            yield Reader({"file_list": str(path), "file_root": os.fspath(samples.root), **plain}, tar=False)
+            yield Reader({"file_list": str(path), "file_root": os.fspath(root), **plain}, tar=False)
         else:
             paths, indices = _write_indices(samples, part, Path(folder))
             yield Reader({"paths": paths, "index_paths": indices, **plain}, tar=True)
@@ -80,7 +102,7 @@ def _write_indices(samples: Samples, part: IndexArray, folder: Path) -> tuple[li
         path = folder / f"{len(indices)}.idx"
         path.write_bytes(index_lines(lines))
         indices.append(str(path))
-        paths.append(os.fspath(samples.root / samples.shards[int(shard[positions_of_run[0]])]))
+        paths.append(str(samples.root / samples.shards[int(shard[positions_of_run[0]])]))
     return paths, indices
 
 

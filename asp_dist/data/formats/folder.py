@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from asp_dist.data.remote import RemotePath
 from asp_dist.data.samples import Names, Samples
 from asp_dist.errors import UserError, check
 
@@ -28,6 +29,22 @@ def image_names(folder: Path) -> list[str]:
     """The names of the images in `folder`, sorted; hidden files, such as macOS's ``._1.jpg``, are none."""
     names = (entry.name for entry in os.scandir(folder))
     return sorted(n for n in names if os.path.splitext(n)[1].lower() in EXTENSIONS and not n.startswith("."))
+
+
+def scan_store(root: RemotePath, name: str, classes: tuple[str, ...]) -> Samples:
+    """All images of the class folders under ``root/name`` in an object store, by class, then by name; see `scan_folder`."""
+    found: dict[str, list[str]] = {}
+    for path in (root / name).names(deep=True):
+        folder, _, file = path.rpartition("/")
+        if folder and "/" not in folder and os.path.splitext(file)[1].lower() in EXTENSIONS and not file.startswith("."):
+            found.setdefault(folder, []).append(f"{name}/{path}")
+    unknown = sorted(set(found) - set(classes)) if classes else []
+    check(not unknown, f"data: {root / name} has class folders that the training split lacks: {', '.join(unknown[:5])}")
+    check(bool(found), f"data: no image under {root / name}: expected CLASS/*.jpg or another of {sorted(EXTENSIONS)}")
+    index = {label: i for i, label in enumerate(classes or sorted(found))}
+    labels = [index[folder] for folder in sorted(found) for _ in found[folder]]
+    names = [path for folder in sorted(found) for path in sorted(found[folder])]
+    return Samples(root, Names.of(names), np.asarray(labels, dtype=np.int64))
 
 
 def scan_folder(root: Path, name: str, classes: tuple[str, ...]) -> Samples:

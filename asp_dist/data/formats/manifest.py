@@ -7,21 +7,22 @@ from pathlib import Path
 
 import numpy as np
 
+from asp_dist.data.remote import Place, RemotePath
 from asp_dist.data.samples import IndexArray, Names, Samples
 from asp_dist.errors import UserError, check
-from asp_dist.files import write_bytes, write_text
+from asp_dist.files import write_bytes
 
 SUFFIX = ".tsv"
 CLASSES = "classes.tsv"
 NEWLINE, TAB, SPACE, ZERO = 10, 9, 32, 48
 
 
-def manifest_path(root: Path, split: str) -> Path | None:
+def manifest_path(root: Place, split: str) -> Place | None:
     """The manifest of `split` under `root`: the file of that name, or with ``.tsv``; None if there is none."""
     return next((p for p in (root / split, root / f"{split}{SUFFIX}") if p.is_file()), None)
 
 
-def read_manifest(path: Path, num_classes: int | None = None) -> Samples:
+def read_manifest(path: Place, num_classes: int | None = None) -> Samples:
     """The samples of a manifest; 1.28 million lines take a fraction of a second.
 
     The label is what follows the last tab or space of a line, paths are relative to the manifest's folder.
@@ -70,7 +71,7 @@ def _digits(data: np.ndarray, cut: IndexArray, ends: IndexArray) -> IndexArray:
     return np.where(bad, -1, values)
 
 
-def write_manifest(samples: Samples, path: Path, *, keep: IndexArray | None = None) -> None:
+def write_manifest(samples: Samples, path: Place, *, keep: IndexArray | None = None) -> None:
     """Write the manifest of single files, aside and then in place; paths become relative to its folder.
 
     Args:
@@ -83,17 +84,38 @@ def write_manifest(samples: Samples, path: Path, *, keep: IndexArray | None = No
     """
     check(samples.shard is None, "data: shards have their own index and need no manifest")
     indices = np.arange(len(samples)) if keep is None else keep
-    # Where a folder is a link, the way up from it starts where it points to.
-    prefix = os.fsencode(os.path.relpath(os.path.realpath(samples.root), os.path.realpath(path.parent)))
+    prefix = os.fsencode(_way(path.parent, samples.root))
     prefix = b"" if prefix == b"." else prefix + b"/"
     names = samples.names.take(indices)
     for name in names:
         check(b"\n" not in name, f"data: the file name {os.fsdecode(name)!r} contains a line break: rename it")
     lines = [b"%b%b\t%d\n" % (prefix, name, label) for name, label in zip(names, samples.labels[indices].tolist())]
-    write_bytes(path, b"".join(lines), durable=False)
+    _write(path, b"".join(lines))
 
 
-def read_classes(root: Path) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
+def _way(begin: Place, end: Place) -> str:
+    """The relative path from one folder to another.
+
+    Raises:
+        UserError: one is in an object store and the other is not.
+    """
+    if isinstance(begin, Path) and isinstance(end, Path):  # where a folder is a link, the way up starts where it points to
+        return os.path.relpath(os.path.realpath(end), os.path.realpath(begin))
+    check(
+        isinstance(begin, RemotePath) and isinstance(end, RemotePath),
+        f"a manifest in {begin} cannot name images in {end}: write it to the same store, such as {end}",
+    )
+    return os.path.relpath(str(end).partition("://")[2], str(begin).partition("://")[2])
+
+
+def _write(path: Place, data: bytes) -> None:
+    if isinstance(path, RemotePath):
+        path.write_bytes(data)
+    else:
+        write_bytes(path, data, durable=False)
+
+
+def read_classes(root: Place) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
     """Class ids and names from ``classes.tsv`` (lines ``ID<TAB>NAME`` in the order of the indices), or None."""
     path = root / CLASSES
     if not path.is_file():
@@ -102,6 +124,6 @@ def read_classes(root: Path) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
     return tuple(p[0] for p in pairs), tuple(p[2] or p[0] for p in pairs)
 
 
-def write_classes(root: Path, classes: tuple[str, ...], names: tuple[str, ...]) -> None:
+def write_classes(root: Place, classes: tuple[str, ...], names: tuple[str, ...]) -> None:
     """Write ``classes.tsv``; it is the last file of a data set, and marks it as complete."""
-    write_text(root / CLASSES, "".join(f"{c}\t{n}\n" for c, n in zip(classes, names, strict=True)), durable=False)
+    _write(root / CLASSES, "".join(f"{c}\t{n}\n" for c, n in zip(classes, names, strict=True)).encode())

@@ -20,21 +20,26 @@ import numpy as np
 
 from asp_dist.data.formats.folder import EXTENSIONS
 from asp_dist.data.order import permutation
+from asp_dist.data.remote import Place, RemotePath
 from asp_dist.data.samples import IndexArray, Names, Samples
 from asp_dist.errors import UserError, check
-from asp_dist.files import replacing
+from asp_dist.files import replacing, write_bytes
 
 Member = tuple[str, int, int, int]  # name, offset, size, label
 SHUFFLE_SEED = 0x5EED
 
 
-def shard_files(root: Path, split: str) -> tuple[str, ...]:
+def shard_files(root: Place, split: str) -> tuple[str, ...]:
     """The shards of `split` under `root`, such as ``train-000000.tar``, relative to it, sorted."""
     pattern = re.compile(re.escape(split) + r"[-_.]?\d*\.tar")
-    return tuple(sorted(e.name for e in os.scandir(root) if pattern.fullmatch(e.name))) if root.is_dir() else ()
+    if isinstance(root, RemotePath):
+        names = root.names()
+    else:
+        names = [entry.name for entry in os.scandir(root)] if root.is_dir() else []
+    return tuple(sorted(filter(pattern.fullmatch, names)))
 
 
-def read_shards(root: Path, split: str, num_classes: int | None = None) -> Samples:
+def read_shards(root: Place, split: str, num_classes: int | None = None) -> Samples:
     """The samples of the shards of `split`; their table is kept in ``SPLIT.index.npz``, so the tars are walked once.
 
     Raises:
@@ -57,7 +62,7 @@ def read_shards(root: Path, split: str, num_classes: int | None = None) -> Sampl
     return samples
 
 
-def walk_shard(path: Path) -> list[Member]:
+def walk_shard(path: Place) -> list[Member]:
     """The images of one shard with their labels, in the order of the tar file.
 
     Raises:
@@ -66,7 +71,7 @@ def walk_shard(path: Path) -> list[Member]:
     images: dict[str, tuple[str, int, int]] = {}
     labels: dict[str, int] = {}
     try:
-        with tarfile.open(path) as tar:
+        with path.open("rb") as file, tarfile.open(fileobj=file) as tar:
             for member in tar:
                 key, extension = os.path.splitext(member.name)
                 if extension.lower() in EXTENSIONS:
@@ -81,7 +86,7 @@ def walk_shard(path: Path) -> list[Member]:
     return [(*place, labels[key]) for key, place in images.items()]
 
 
-def _collect(root: Path, shards: tuple[str, ...], walked: list[list[Member]]) -> Samples:
+def _collect(root: Place, shards: tuple[str, ...], walked: list[list[Member]]) -> Samples:
     members = [member for shard in walked for member in shard]
     check(bool(members), f"data: the shards under {root} contain no image")
     return Samples(
@@ -95,16 +100,18 @@ def _collect(root: Path, shards: tuple[str, ...], walked: list[list[Member]]) ->
     )
 
 
-def _stamps(root: Path, shards: tuple[str, ...]) -> IndexArray:
+def _stamps(root: Place, shards: tuple[str, ...]) -> IndexArray:
     """Size in bytes and time of the last change in ns of each shard, int64 [S, 2]."""
+    if isinstance(root, RemotePath):
+        return np.array(root.stamps(shards), dtype=np.int64).reshape(-1, 2)
     found = [(root / shard).stat() for shard in shards]
     return np.array([(one.st_size, one.st_mtime_ns) for one in found], dtype=np.int64).reshape(-1, 2)
 
 
-def _read_table(table: Path, root: Path, shards: tuple[str, ...]) -> Samples | None:
+def _read_table(table: Place, root: Place, shards: tuple[str, ...]) -> Samples | None:
     """The samples from `table`, or None if it is missing, torn, or tells of other shards."""
     try:
-        with table.open("rb") as file, np.load(file) as stored:  # which would leave a torn file open
+        with io.BytesIO(table.read_bytes()) as file, np.load(file) as stored:  # which would leave a torn file open
             known = tuple(stored["shards"].tolist()) == shards
             if not known or not np.array_equal(stored["stamps"], _stamps(root, shards)):
                 return None
@@ -114,21 +121,26 @@ def _read_table(table: Path, root: Path, shards: tuple[str, ...]) -> Samples | N
         return None
 
 
-def write_table(samples: Samples, table: Path) -> None:
+def write_table(samples: Samples, table: Place) -> None:
     """Keep the table of `samples` for the next start; a folder that cannot be written costs a walk each time."""
-    with suppress(OSError), replacing(table, durable=False) as temporary, open(temporary, "wb") as file:
-        np.savez(
-            file,
-            shards=np.array(samples.shards),
-            stamps=_stamps(samples.root, samples.shards),
-            blob=np.frombuffer(samples.names.blob, dtype=np.uint8),
-            begins=samples.names.begins,
-            ends=samples.names.ends,
-            labels=samples.labels,
-            shard=np.asarray(samples.shard),
-            offset=np.asarray(samples.offset),
-            size=np.asarray(samples.size),
-        )
+    content = io.BytesIO()
+    np.savez(
+        content,
+        shards=np.array(samples.shards),
+        stamps=_stamps(samples.root, samples.shards),
+        blob=np.frombuffer(samples.names.blob, dtype=np.uint8),
+        begins=samples.names.begins,
+        ends=samples.names.ends,
+        labels=samples.labels,
+        shard=np.asarray(samples.shard),
+        offset=np.asarray(samples.offset),
+        size=np.asarray(samples.size),
+    )
+    with suppress(OSError):
+        if isinstance(table, RemotePath):
+            table.write_bytes(content.getvalue())
+        else:
+            write_bytes(table, content.getvalue(), durable=False)
 
 
 def index_lines(members: Iterable[tuple[int, int, str]]) -> bytes:

@@ -5,21 +5,23 @@ from __future__ import annotations
 import functools
 import json
 import os
+import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
 from asp_dist.config import DataConfig
-from asp_dist.data.formats.folder import scan_folder
+from asp_dist.data.formats.folder import scan_folder, scan_store
 from asp_dist.data.formats.manifest import CLASSES, write_classes, write_manifest
 from asp_dist.data.formats.shards import write_shards
-from asp_dist.data.info import PREPARED, DataInfo, inspect_data, open_data_set
+from asp_dist.data.info import PREPARED, DataInfo, class_names, inspect_data, open_data_set
 from asp_dist.data.prepare.cifar import LAYOUTS, prepare_cifar
 from asp_dist.data.prepare.digits import prepare_digits
 from asp_dist.data.prepare.imagenet import check_sums, open_archives
 from asp_dist.data.prepare.progress import progress_bar
+from asp_dist.data.remote import Place, RemotePath, place_of_data
 from asp_dist.data.samples import Samples
 from asp_dist.errors import UserError, check
 from asp_dist.files import write_bytes, write_text
@@ -38,6 +40,7 @@ def prepare(
     per_shard: int = 5000,
     allow_incomplete: bool = False,
     checksums: bool = False,
+    work: str | Path | None = None,
     progress: bool = True,
 ) -> DataInfo:
     """Write a data set to `target`, or finish what an interrupted call began; returns its contents.
@@ -48,20 +51,28 @@ def prepare(
         dataset: ``digits`` (embedded), ``cifar10`` and ``cifar100`` (from torchvision's files in `source`), ``imagenet``
             (from the three official archives in `source`), ``manifest`` (of the image folder `source`, into `target`;
             without `source`, next to the images of `target`), ``shards`` (of the data set `source`).
-        target: folder to write to.
+        target: folder to write to; or a place in an object store, which a folder of this machine is uploaded to.
         source: where the data comes from.
         layout: ``folder`` or ``shards``, for ``imagenet``.
         per_shard: images per shard.
         allow_incomplete: accept archives of ``imagenet`` with fewer images than it has.
         checksums: compare these archives with their published sums first.
+        work: that folder; it stays, and an interrupted upload goes on from it. None: a temporary one.
         progress: show a progress bar.
 
     Raises:
         UserError: no, a wrong or an incomplete `source`; a `target` that contains something else.
     """
     check(per_shard >= 1, f"--per-shard {per_shard}: give at least one image per shard")
-    target = Path(target)
     bar = functools.partial(progress_bar, enabled=progress)
+    there = place_of_data(target)
+    if dataset == "manifest" and (isinstance(there, RemotePath) or "://" in str(source or "")):
+        return _prepare_manifest_in_store(place_of_data(source or target), there)
+    if isinstance(there, RemotePath):
+        options: dict[str, Any] = {"source": source, "layout": layout, "per_shard": per_shard}
+        checks = {"allow_incomplete": allow_incomplete, "checksums": checksums}
+        return _prepare_in_store(dataset, there, {**options, **checks}, work, bar)
+    target = there
     if dataset == "digits":
         prepare_digits(target)
     elif dataset == "manifest":
@@ -73,6 +84,45 @@ def prepare(
     else:
         return _prepare_from(dataset, target, Path(source), layout, per_shard, allow_incomplete, checksums, bar)
     return inspect_data(DataConfig(root=str(target)))
+
+
+def _prepare_in_store(
+    dataset: Target, target: RemotePath, options: dict[str, Any], work: str | Path | None, bar: Bar
+) -> DataInfo:
+    """Write the data set to a folder of this machine, and from there to an object store; files that are there are kept."""
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="asp-dist-")) if work is None else work)
+        prepare(dataset, folder / "data", **options)
+        files = [path.relative_to(folder / "data") for path in sorted((folder / "data").rglob("*")) if path.is_file()]
+        files = [file for file in files if file.name not in (PREPARED, CLASSES)]
+        if not any(file.name.endswith((".tsv", ".tar")) for file in files):  # class folders are not walked in a store
+            prepare("manifest", folder / "data")
+            files += [Path("train.tsv"), Path("val.tsv")]
+        with bar(f"Uploading to {target}", len(files)) as advance:
+
+            def upload(file: Path) -> None:
+                source, place = folder / "data" / file, target / file.as_posix()
+                if place.size() != source.stat().st_size:
+                    place.upload(source)
+                advance(1)
+
+            with ThreadPoolExecutor(8) as pool:
+                list(pool.map(upload, files))
+        (target / CLASSES).upload(folder / "data" / CLASSES)  # last: it marks the data set as complete
+    return inspect_data(DataConfig(root=target.full))
+
+
+def _prepare_manifest_in_store(source: Place, target: Place) -> DataInfo:
+    check(
+        isinstance(source, RemotePath) and isinstance(target, RemotePath),
+        f"prepare manifest: {source} and {target} must be in one store, or both be folders of this machine",
+    )
+    assert isinstance(source, RemotePath) and isinstance(target, RemotePath)
+    classes = tuple(sorted({name.partition("/")[0] for name in (source / "train").names(deep=True) if "/" in name}))
+    for split in ("train", "val"):
+        write_manifest(scan_store(source, split, classes), target / f"{split}.tsv")
+    write_classes(target, classes, class_names(source, classes))
+    return inspect_data(DataConfig(root=target.full))
 
 
 def _prepare_from(

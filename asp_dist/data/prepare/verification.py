@@ -20,6 +20,7 @@ from asp_dist.data.formats.manifest import write_classes, write_manifest
 from asp_dist.data.images import default_threads
 from asp_dist.data.info import DataSet, open_data_set
 from asp_dist.data.prepare.progress import progress_bar
+from asp_dist.data.remote import Place, place_of_data
 from asp_dist.data.samples import Samples
 from asp_dist.errors import check
 
@@ -172,23 +173,24 @@ def verify(
             on_finding(finding)
         findings = tuple(found)
     if manifest is not None:
-        folder = Path(manifest)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = place_of_data(manifest)
+        if isinstance(folder, Path):
+            folder.mkdir(parents=True, exist_ok=True)
         for split, samples in (("train", data_set.train), ("val", data_set.val)):
             dropped = [f.index for f in findings if f.split == split and (f.kind not in HARMLESS or f.kind in drop)]
             write_manifest(samples, folder / f"{split}.tsv", keep=np.delete(np.arange(len(samples)), dropped))
         write_classes(folder, data_set.info.classes, data_set.info.names)
-    return Report(findings, total, tuple(_notes(Path(root), data_set, train, val)))
+    return Report(findings, total, tuple(_notes(place_of_data(root), data_set, train, val)))
 
 
-def _notes(root: Path, data_set: DataSet, train: str, val: str) -> Iterator[str]:
+def _notes(root: Place, data_set: DataSet, train: str, val: str) -> Iterator[str]:
     """Classes without an image, and what lies in class folders and is none."""
     for split, samples in ((train, data_set.train), (val, data_set.val)):
         counts = np.bincount(samples.labels, minlength=len(data_set.info.classes))
         bare = [data_set.info.classes[index] for index in np.flatnonzero(counts == 0)]
         if bare:
             yield f"{len(bare)} classes have no image in {split}: {', '.join(bare[:5])}{', ...' if len(bare) > 5 else ''}"
-        if data_set.info.format != "folder":
+        if data_set.info.format != "folder" or not isinstance(root, Path):
             continue
         for folder in class_folders(root / split):
             for entry in sorted(os.scandir(root / split / folder), key=lambda entry: entry.name):
