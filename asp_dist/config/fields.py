@@ -13,7 +13,7 @@ from typing import Any, Literal
 from asp_dist.errors import check, check_address, check_fraction, check_positive
 from asp_dist.pruning import Budget, Control, Hard, Operator, Power, Ramp, Select, Soft, SparsityLoss, Track
 
-AutoAugment = Literal["none", "randaugment", "trivialaugment", "autoaugment"]
+AutoAugment = Literal["none", "randaugment", "trivialaugment", "autoaugment", "augmix"]
 Backend = Literal["dali", "torch", "synthetic"]
 DataFormat = Literal["auto", "folder", "manifest", "shards"]
 Precision = Literal["float32", "bfloat16", "float16"]
@@ -48,10 +48,16 @@ class AugmentConfig:
         hflip: probability of a horizontal flip.
         vflip: probability of a vertical flip.
         color_jitter: strength of brightness, contrast and saturation jitter; 0 turns it off.
-        policy: automatic augmentation policy.
+        pad: pixels of zeros around the image, out of which a crop of the input's size is taken, as is usual for CIFAR; the
+            image is resized to that size first, and `scale` and `ratio` are left alone. 0: a random resized crop.
+        policy: automatic augmentation policy; ``augmix`` with the torch backend alone.
         policy_ops: RandAugment's number of operations per image.
-        policy_magnitude: RandAugment's magnitude, 0 to 30.
+        policy_magnitude: RandAugment's magnitude, 0 to 30; AugMix's as well.
+        policy_std: standard deviation of that magnitude, on timm's scale of 0 to 10; with the torch backend alone.
         erase: probability of random erasing.
+        erase_mode: what fills the rectangle: the mean color (``const``), a random color, or a random one in each pixel; the
+            latter two by timm on the batch.
+        erase_count: rectangles at most, by timm.
         repeats: repeated augmentation: how often each image appears in a batch's pool (1 is off).
         mixup: alpha of mixup (0 is off), by timm on the batch.
         cutmix: alpha of cutmix (0 is off), by timm on the batch.
@@ -65,10 +71,14 @@ class AugmentConfig:
     hflip: float = 0.5
     vflip: float = 0.0
     color_jitter: float = 0.0
+    pad: int = 0
     policy: AutoAugment = "none"
     policy_ops: int = 2
     policy_magnitude: int = 9
+    policy_std: float = 0.0
     erase: float = 0.0
+    erase_mode: Literal["const", "rand", "pixel"] = "const"
+    erase_count: int = 1
     repeats: int = 1
     mixup: float = 0.0
     cutmix: float = 0.0
@@ -84,6 +94,9 @@ class AugmentConfig:
         low, high = self.ratio
         check(0 < low <= high, f"data.augment.ratio = {self.ratio} must satisfy 0 < low <= high")
         check(self.mixup_off_epoch >= 0, f"data.augment.mixup_off_epoch = {self.mixup_off_epoch} must not be negative")
+        check(self.pad >= 0, f"data.augment.pad = {self.pad} must not be negative")
+        check(self.policy_std >= 0, f"data.augment.policy_std = {self.policy_std} must not be negative")
+        check(self.erase_count >= 1, f"data.augment.erase_count = {self.erase_count} must be at least 1")
         check(self.repeats >= 1, f"data.augment.repeats = {self.repeats} must be at least 1")
         check(
             0 <= self.policy_magnitude <= 30,
@@ -163,6 +176,11 @@ class DataConfig:
         check(self.batch_size >= 1, f"data.batch_size = {self.batch_size} must be at least 1")
         for name in ("eval_batch_size", "input_size", "threads", "prefetch", "synthetic_classes", "cache_gb"):
             check_positive(f"data.{name}", getattr(self, name))
+        for name, used in (("policy = augmix", self.augment.policy == "augmix"), ("policy_std", self.augment.policy_std > 0)):
+            check(
+                not used or self.backend != "dali",
+                f"data.augment.{name} is timm's, and DALI has no such thing: set data.backend to torch, or leave it out",
+            )
         check(
             self.cache is None or "://" in self.root,
             f"data.cache = {self.cache} keeps copies of an object store's images, but data.root = {self.root} is a folder: "
@@ -178,24 +196,31 @@ class OptimizerConfig:
     Args:
         name: any of ``timm.optim.list_optimizers()``.
         lr: learning rate at the start of the schedule, after warm-up.
+        lr_base_size: with a value, `lr` is for a batch of so many images, and scaled to the run's: in proportion, or with the
+            root for optimizers that adapt their rates, as in timm.
         weight_decay: weight decay; timm keeps it off biases and norms.
         momentum: momentum, or the first beta.
         layer_decay: factor on the rate from each group of layers to the one before it, by timm's grouping; None: one rate.
         kwargs: further arguments of the optimizer.
-        clip_grad: largest gradient norm; None: no clipping.
+        clip_grad: what gradients are clipped at; None: no clipping.
+        clip_mode: ``norm``: the norm of all gradients; ``value``: each number; ``agc``: each unit's norm, as a share of its
+            weights' norm, but for the classifier (adaptive gradient clipping, arXiv 2102.06171).
     """
 
     name: str = "sgd"
     lr: float = 0.1
+    lr_base_size: int | None = None
     weight_decay: float = 5e-4
     momentum: float = 0.9
     layer_decay: float | None = None
     kwargs: dict[str, Any] = field(default_factory=dict)
     clip_grad: float | None = None
+    clip_mode: Literal["norm", "value", "agc"] = "norm"
 
     def __post_init__(self) -> None:
         check(self.lr > 0, f"optimizer.lr = {self.lr} must be greater than 0")
         check_positive("optimizer.clip_grad", self.clip_grad)
+        check_positive("optimizer.lr_base_size", self.lr_base_size)
         check_fraction("optimizer.layer_decay", self.layer_decay)
         check_positive("optimizer.layer_decay", self.layer_decay)
 
@@ -245,11 +270,15 @@ class TrainingConfig:
         bce_threshold: targets above it are 1 for ``bce``, others 0; None: as mixup and smoothing make them.
         label_smoothing: label smoothing, in [0, 1).
         ema_decay: decay of the exponential moving average of the weights; None: no average is kept.
+        ema_warmup: let the decay rise over the first steps, so that short runs profit too.
+        ema_start: optimizer steps before the average begins; until then it is the weights.
+        grad_checkpointing: compute activations again in the backward pass instead of keeping them: less memory, more time.
         sync_batch_norm: use batch norm statistics of all workers.
         parallel: ``ddp`` (replicated weights) or ``fsdp`` (sharded by ``fully_shard``).
         eval_every: epochs between validations; the last epoch is always validated.
         log_every: optimizer steps between logged rows.
         max_bad_steps: steps with a non-finite loss or gradient in a row that end the run.
+        patience: end after so many epochs without a better validation at the budget; None: never. The run is then finished.
         max_steps: end after this many optimizer steps, regardless of the epochs; for trials.
         max_minutes: stop so many minutes after the start, with a checkpoint and exit code 75; the same command goes on.
         profile_steps: steps that rank 0 profiles, after the first ones; see ``train --profile``. 0: none.
@@ -265,18 +294,23 @@ class TrainingConfig:
     bce_threshold: float | None = None
     label_smoothing: float = 0.0
     ema_decay: float | None = None
+    ema_warmup: bool = True
+    ema_start: int = 0
+    grad_checkpointing: bool = False
     sync_batch_norm: bool = False
     parallel: Literal["ddp", "fsdp"] = "ddp"
     eval_every: int = 1
     log_every: int = 10
     max_bad_steps: int = 10
+    patience: int | None = None
     max_steps: int | None = None
     max_minutes: float | None = None
     profile_steps: int = 0
 
     def __post_init__(self) -> None:
         check(self.profile_steps >= 0, f"training.profile_steps = {self.profile_steps} must not be negative")
-        for name in ("accumulate", "eval_every", "log_every", "max_bad_steps", "max_steps", "max_minutes"):
+        check(self.ema_start >= 0, f"training.ema_start = {self.ema_start} must not be negative")
+        for name in ("accumulate", "eval_every", "log_every", "max_bad_steps", "patience", "max_steps", "max_minutes"):
             check_positive(f"training.{name}", getattr(self, name))
         check_fraction("training.bce_threshold", self.bce_threshold)
         check_fraction("training.label_smoothing", self.label_smoothing, upper_open=True)

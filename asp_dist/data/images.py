@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from asp_dist.config import DataConfig
+from asp_dist.config import AugmentConfig, DataConfig
 from asp_dist.errors import check
 
 CROP_MODES = ("center", "squash")
@@ -66,6 +66,11 @@ def build_spec(data: DataConfig, model_data: dict[str, Any]) -> ImageSpec:
         f"the model's data config has crop_mode = {spec.crop_mode!r}; the loaders offer {CROP_MODES}",
     )
     return spec
+
+
+def erases_batches(augment: AugmentConfig) -> bool:
+    """Whether timm erases rectangles of the batches, and no loader does of the images."""
+    return augment.erase_mode != "const" or augment.erase_count > 1
 
 
 def progressive_size(sizes: tuple[int, ...], epoch: int, epochs: int) -> int | None:

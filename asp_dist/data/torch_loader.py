@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import Compose, InterpolationMode, RandomCrop, Resize
 
 from asp_dist.config import AugmentConfig
 from asp_dist.data.bad_files import DataError, DataReadError, diagnose, pipeline_error, without_traceback
 from asp_dist.data.base import Batch, LoaderOptions, TrainLoader, ValLoader
-from asp_dist.data.images import ImageSpec
+from asp_dist.data.images import ImageSpec, erases_batches
 from asp_dist.data.samples import IndexArray, Samples
 
 STRICT = partial(diagnose, strict=True)  # PIL itself decodes here
@@ -27,7 +28,7 @@ def build_transform(spec: ImageSpec, augment: AugmentConfig | None) -> Callable[
 
     timm leaves color jitter out where there is a policy; DALI's pipelines do both.
     """
-    from timm.data import create_transform
+    from timm.data import auto_augment, create_transform
 
     shared: dict[str, Any] = {
         "input_size": (3, *spec.size),
@@ -39,14 +40,16 @@ def build_transform(spec: ImageSpec, augment: AugmentConfig | None) -> Callable[
     }
     if augment is None:
         return create_transform(**shared)
+    spread = f"-mstd{augment.policy_std:g}" if augment.policy_std else ""
     policies = {
         "none": None,
         # timm's magnitudes are whole numbers up to 10, where DALI's go up to 30.
-        "randaugment": f"rand-m{round(augment.policy_magnitude / 3)}-n{augment.policy_ops}",
+        "randaugment": f"rand-m{round(augment.policy_magnitude / 3)}-n{augment.policy_ops}{spread}",
+        "augmix": f"augmix-m{round(augment.policy_magnitude / 3)}{spread}",
         "trivialaugment": "rand-n1-m15-mstd101",  # one operation, magnitude uniform: timm's form of TrivialAugment
         "autoaugment": "original",
     }
-    return create_transform(
+    whole = create_transform(
         **shared,
         is_training=True,
         scale=augment.scale,
@@ -55,9 +58,26 @@ def build_transform(spec: ImageSpec, augment: AugmentConfig | None) -> Callable[
         vflip=augment.vflip,
         color_jitter=augment.color_jitter or None,
         auto_augment=policies[augment.policy],
-        re_prob=augment.erase,
+        re_prob=0.0 if erases_batches(augment) else augment.erase,
         re_mode="const",
     )
+    for step in whole.transforms:
+        for one in getattr(step, "ops", ()):
+            if one.aug_fn is auto_augment.posterize:
+                one.aug_fn = partial(_posterize, auto_augment.posterize)
+    if augment.pad:  # in place of timm's random resized crop, which comes first
+        height, width = spec.size
+        whole.transforms[0] = Compose([Resize((height, width), _pil(spec.interpolation)), RandomCrop(spec.size, augment.pad)])
+    return whole
+
+
+def _posterize(posterize: Callable[..., Any], image: Any, bits: int, **more: Any) -> Any:
+    """timm's operation with one bit at least: newer versions of PIL refuse none, which small magnitudes ask for."""
+    return posterize(image, max(1, bits), **more)
+
+
+def _pil(interpolation: str) -> InterpolationMode:
+    return InterpolationMode(interpolation)
 
 
 class DecodedDataset(Dataset[tuple[torch.Tensor, int]]):

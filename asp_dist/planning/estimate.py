@@ -111,7 +111,7 @@ def estimate_run(
     device = torch.device("cuda" if torch.cuda.is_available() and config.training.device != "cpu" else "cpu")
     images = config.data.batch_size // max(1, planned_world_size(config) * config.training.accumulate)
     model = build.place_model(config.training, model, World(0, 0, 1, device))
-    optimizer = build.build_optimizer(config.optimizer, model)
+    optimizer = build.build_optimizer(build.scaled(config), model)
     workers = planned_world_size(config)
     batch = config.data.batch_size
     check_batch(config, info)

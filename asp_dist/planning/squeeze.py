@@ -13,6 +13,7 @@ from asp_dist.data.formats.folder import class_folders, image_names
 from asp_dist.errors import check
 from asp_dist.planning.estimate import suggested_data_set
 from asp_dist.pruning.control.sparsity_loss import PUBLISHED_LR_RATIO
+from asp_dist.training import build
 from asp_dist.training.build import scales_with_root
 
 EPOCHS = 10  # of a rehearsal, unless the recipe has fewer
@@ -51,7 +52,7 @@ def squeeze(config: Config, folder: Path, *, steps: int, batch_size: int, input_
     epochs = min(config.schedule.epochs, max(1, round(steps / per_epoch)))
     ratio = batch_size / config.data.batch_size
     factor = math.sqrt(ratio) if scales_with_root(config.optimizer.name) else ratio
-    lr = config.optimizer.lr * factor
+    lr = build.scaled(config).lr * factor
     squeezed = replace(
         config,
         name="pruned",
@@ -68,7 +69,7 @@ def squeeze(config: Config, folder: Path, *, steps: int, batch_size: int, input_
             progressive_sizes=_scaled_sizes(config, input_size),
             threads=1,
         ),
-        optimizer=replace(config.optimizer, lr=lr),
+        optimizer=replace(config.optimizer, lr=lr, lr_base_size=None),
         schedule=_squeezed_schedule(config.schedule, epochs, factor),
         training=replace(
             config.training,
@@ -76,6 +77,7 @@ def squeeze(config: Config, folder: Path, *, steps: int, batch_size: int, input_
             eval_every=1,
             log_every=1,
             max_steps=None,
+            patience=None,
         ),
         pruning=_squeezed_pruning(config, steps),
         cluster=replace(config.cluster, mode="local"),

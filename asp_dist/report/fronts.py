@@ -102,6 +102,7 @@ def front_by(found: Sequence[Setting], key: str, title: str) -> Figure | None:
         "y": [short(y) for _, _, y, _ in shown],
         "text": [s.name for s, _, _, _ in shown],
         "textposition": "top center",
+        "cliponaxis": False,
         "marker": {"size": 11, "color": [color(i) for i in range(len(shown))], "line": {"width": 1, "color": "#111"}},
         "error_y": {"type": "data", "array": [short(spread or 0.0) for *_, spread in shown], "thickness": 1, "color": GREY},
         "hovertemplate": "%{text}<br>" + title + " %{x:,}<br>top-1 %{y:.2%}<extra></extra>",

@@ -20,7 +20,7 @@ h1 { font-size: 26px; margin: 0 0 2px; } h2 { font-size: 18px; margin: 34px 0 10
 .tiles { display: flex; flex-wrap: wrap; gap: 12px; }
 .tile { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 10px 16px; min-width: 128px; }
 .tile b { display: block; font-size: 22px; font-weight: 600; } .tile span { color: var(--soft); font-size: 13px; }
-.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(520px, 1fr)); gap: 16px; }
+.grid { margin-top: 16px; display: grid; grid-template-columns: repeat(auto-fit, minmax(520px, 1fr)); gap: 16px; }
 figure { background: var(--card); border: 1px solid var(--line); border-radius: 10px; margin: 0; padding: 12px; min-width: 0; }
 figure.wide { grid-column: 1 / -1; }
 figcaption b { display: block; } figcaption { color: var(--soft); font-size: 13px; }

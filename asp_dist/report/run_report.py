@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import time
@@ -123,7 +124,7 @@ def try_report(run_dir: Path) -> None:
 
 def build_page(runs: list[RunRecord]) -> Page:
     """The page about `runs`: key figures, curves, layers, the step's time, events, configurations."""
-    names = ", ".join(run.name for run in runs)
+    names = title_of([run.name for run in runs])
     written = time.strftime("%Y-%m-%d %H:%M", time.localtime())
     models = ", ".join(dict.fromkeys(str(run.summary["model"]) for run in runs if run.summary.get("model")))
     page = Page(title=names, subtitle=f"asp-dist report, {written}" + (f", {models}" if models else ""))
@@ -139,6 +140,15 @@ def build_page(runs: list[RunRecord]) -> Page:
     _layers(page, runs)
     _running(page, runs)
     return page
+
+
+def title_of(names: list[str], most: int = 3) -> str:
+    """The runs' names; of more than `most` what they begin with alike, and how many they are."""
+    if len(names) <= most:
+        return ", ".join(names)
+    low, high = min(names), max(names)
+    alike = "".join(a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(low, high))).rstrip("-_.=0123456789")
+    return f"{alike}: {len(names)} runs" if alike else f"{len(names)} runs"
 
 
 def tiles(run: RunRecord) -> list[tuple[str, str]]:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from timm.data import Mixup
+from timm.data.random_erasing import RandomErasing
 from timm.layers import convert_sync_batchnorm
 from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import OptimInfo, create_optimizer_v2, get_optimizer_info, list_optimizers
@@ -20,6 +21,7 @@ from torch import nn
 
 from asp_dist.config import Config, DataConfig, OptimizerConfig, ScheduleConfig, TrainingConfig
 from asp_dist.data import DataSet, open_data_set
+from asp_dist.data.images import erases_batches
 from asp_dist.data.samples import Samples
 from asp_dist.errors import UserError
 from asp_dist.pruning import Pruner
@@ -108,6 +110,16 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Op
         raise UserError(f"optimizer {config.name!r} with {config}: {error}") from error
 
 
+def scaled(config: Config) -> OptimizerConfig:
+    """The optimizer's options with the rate of the run's batch, where ``optimizer.lr_base_size`` says so, as timm scales it."""
+    optimizer = config.optimizer
+    if optimizer.lr_base_size is None:
+        return optimizer
+    ratio = config.data.batch_size / optimizer.lr_base_size
+    lr = optimizer.lr * (ratio**0.5 if any(part in optimizer.name.lower() for part in ("ada", "lamb")) else ratio)
+    return dataclasses.replace(optimizer, lr=lr, lr_base_size=None)
+
+
 def _on_cuda(model: nn.Module) -> bool:
     parameter = next(model.parameters(), None)
     return parameter is not None and parameter.device.type == "cuda"
@@ -192,6 +204,14 @@ def build_mixup(config: Config, num_classes: int) -> Mixup | None:
     )
 
 
+def build_erasing(config: Config, device: torch.device) -> RandomErasing | None:
+    """timm's random erasing of the batch, or None where DALI erases, or nothing does."""
+    augment = config.data.augment
+    if augment.erase == 0 or not erases_batches(augment):
+        return None
+    return RandomErasing(augment.erase, mode=augment.erase_mode, max_count=augment.erase_count, device=device)
+
+
 def build_loss(config: Config) -> nn.Module:
     """The training loss: timm's binary cross-entropy, or cross-entropy, against soft targets when mixup makes them."""
     training, mixed = config.training, config.data.augment.mixup > 0 or config.data.augment.cutmix > 0
@@ -208,6 +228,8 @@ def build_scaler(config: TrainingConfig, device: torch.device) -> torch.amp.Grad
 def place_model(config: TrainingConfig, model: nn.Module, world: World) -> nn.Module:
     """Move `model` to the rank's device and memory order, and shard it if the configuration says so."""
     model.to(device=world.device)
+    if config.grad_checkpointing:
+        checkpoint_gradients(model)
     sharded = config.parallel == "fsdp" and world.world_size > 1
     if config.channels_last and not sharded:  # FSDP2 shards contiguous parameters only; the images are channels_last anyway
         model.to(memory_format=torch.channels_last)
@@ -218,6 +240,15 @@ def place_model(config: TrainingConfig, model: nn.Module, world: World) -> nn.Mo
     if sharded:
         shard_model(model)
     return model
+
+
+def checkpoint_gradients(model: nn.Module) -> None:
+    """Let a timm model compute activations again in the backward pass; raise `UserError` if it cannot."""
+    try:
+        model.set_grad_checkpointing(True)  # type: ignore[operator]
+    except (AssertionError, AttributeError) as error:
+        name = type(model).__name__
+        raise UserError(f"training.grad_checkpointing: timm's {name} has none ({error}); leave it out") from error
 
 
 def build_pruner(

@@ -56,6 +56,31 @@ UNUSED = (
         "they are RandAugment's, and data.augment.policy is another",
     ),
     Unused(
+        ("data.augment.policy_std",),
+        lambda config, workers: config.data.augment.policy not in ("randaugment", "augmix"),
+        "it is RandAugment's and AugMix's, and data.augment.policy is another",
+    ),
+    Unused(
+        ("data.augment.erase_mode", "data.augment.erase_count"),
+        lambda config, workers: config.data.augment.erase == 0,
+        "data.augment.erase is off",
+    ),
+    Unused(
+        ("data.augment.scale", "data.augment.ratio"),
+        lambda config, workers: config.data.augment.pad > 0,
+        "data.augment.pad takes crops of one size",
+    ),
+    Unused(
+        ("optimizer.clip_mode",),
+        lambda config, workers: config.optimizer.clip_grad is None,
+        "optimizer.clip_grad is off",
+    ),
+    Unused(
+        ("training.ema_warmup", "training.ema_start"),
+        lambda config, workers: config.training.ema_decay is None,
+        "training.ema_decay is off",
+    ),
+    Unused(
         ("data.synthetic_samples", "data.synthetic_classes"),
         lambda config, workers: config.data.backend != "synthetic",
         "the data set says so itself; this is for data.backend = synthetic",

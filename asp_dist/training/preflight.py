@@ -120,10 +120,16 @@ def check_budget(config: Config, data: DataInfo, total_steps: int, steps_per_epo
     height, width = build_spec(config.data, resolve_model_data_config(model)).size
     for size in {(height, width), *((side, side) for side in config.data.progressive_sizes)}:
         check_forward(config, model, size)
-    optimizer = build.build_optimizer(config.optimizer, model)
+    optimizer = build.build_optimizer(build.scaled(config), model)
     build.build_scheduler(config.schedule, optimizer, steps_per_epoch)
     pruner = build.build_pruner(config, model, optimizer, total_steps=total_steps, input_size=(3, height, width))
     if pruner is not None:
         pruner.remove()
+    check(
+        not (config.training.parallel == "fsdp" and config.optimizer.clip_grad and config.optimizer.clip_mode != "norm"),
+        f"optimizer.clip_mode = {config.optimizer.clip_mode} is not supported with training.parallel = fsdp: choose norm",
+    )
+    if config.training.grad_checkpointing:
+        build.checkpoint_gradients(model)
     if config.training.parallel == "fsdp" and config.training.ema_decay is not None:
         raise UserError("training.ema_decay is not supported with training.parallel = fsdp yet: choose ddp")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.data import Mixup, resolve_model_data_config
+from timm.data.random_erasing import RandomErasing
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -119,6 +120,7 @@ class Run:
     scheduler: Any
     scaler: torch.amp.GradScaler | None
     ema: WeightAverage | None
+    erasing: RandomErasing | None
     mixup: Mixup | None
     loss: nn.Module
     loaders: Loaders
@@ -198,7 +200,7 @@ def build_run(config: Config, world: World, hooks: Hooks, checkpoints: Checkpoin
         channels_last=training.channels_last,
         data_set=data_set,
     )
-    optimizer = build.build_optimizer(config.optimizer, model)
+    optimizer = build.build_optimizer(build.scaled(config), model)
     total_steps = count_steps(config, loaders.train.steps_per_epoch)
     ddp_model = build.wrap_model(training, model, world)
     height, width = build_spec(config.data, model_data).size
@@ -215,6 +217,7 @@ def build_run(config: Config, world: World, hooks: Hooks, checkpoints: Checkpoin
         scheduler=build.build_scheduler(config.schedule, optimizer, loaders.train.steps_per_epoch),
         scaler=build.build_scaler(training, world.device),
         ema=build_average(training, model),
+        erasing=build.build_erasing(config, world.device),
         mixup=build.build_mixup(config, len(info.classes)),
         loss=build.build_loss(config),
         loaders=loaders,
@@ -235,8 +238,10 @@ def build_run(config: Config, world: World, hooks: Hooks, checkpoints: Checkpoin
 
 
 def build_average(config: TrainingConfig, model: nn.Module) -> WeightAverage | None:
-    """The moving average of the weights, or None. Its decay warms up, so that short runs profit too."""
-    return None if config.ema_decay is None else WeightAverage(model, decay=config.ema_decay, use_warmup=True)
+    """The moving average of the weights, or None."""
+    if config.ema_decay is None:
+        return None
+    return WeightAverage(model, decay=config.ema_decay, use_warmup=config.ema_warmup, update_after_step=config.ema_start)
 
 
 def capture_state(run: Run) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
+from timm.models import model_parameters
+from timm.utils import dispatch_clip_grad
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
@@ -81,6 +83,9 @@ def _train(config: Config, world: World, hooks: Hooks) -> dict[str, Any]:
             checkpointing.save(run, best=resumed.best)
         try:
             for epoch in range(run.closed_epochs, run.epochs):
+                if out_of_patience(run):
+                    end_early(run)
+                    break
                 train_epoch(run, epoch)
                 close_epoch(run, epoch)
         except Stopped as stopped:
@@ -129,6 +134,23 @@ def train_epoch(run: Run, epoch: int) -> None:
             raise Stopped(stop, run.step)
         if decision.save and run.step < run.end_of(epoch):
             checkpointing.save(run)
+
+
+def out_of_patience(run: Run) -> bool:
+    """Whether the last better validation at the budget is ``training.patience`` epochs ago."""
+    patience, best = run.config.training.patience, run.best
+    if patience is None or best is None:
+        return False
+    return run.closed_epochs - best["step"] / run.steps_per_epoch >= patience
+
+
+def end_early(run: Run) -> None:
+    """Make the state the final one, as the last epoch would have: project, validate and save it."""
+    text = f"no better validation for {run.config.training.patience} epochs: the run ends after step {run.step}"
+    run.tracker.log(run.step, {"event": "early stop", "message": text})
+    if run.pruner is not None:
+        run.pruner.finalize()
+    checkpointing.save(run, best=validate(run))
 
 
 def train_step(run: Run, batches: Batches) -> health.StepDecision:
@@ -185,14 +207,19 @@ def update(run: Run, loss: Tensor) -> health.StepDecision:
 
 def take_step(run: Run, norm: Tensor) -> None:
     """Clip the gradients and step the optimizer."""
-    if run.config.optimizer.clip_grad is not None:
-        clip_grads_with_norm_(run.model.parameters(), run.config.optimizer.clip_grad, norm)
+    clip, mode = run.config.optimizer.clip_grad, run.config.optimizer.clip_mode
+    if clip is not None and mode == "norm":
+        clip_grads_with_norm_(run.model.parameters(), clip, norm)
+    elif clip is not None:
+        dispatch_clip_grad(model_parameters(run.model, exclude_head=mode == "agc"), clip, mode=mode)
     run.optimizer.step()
 
 
 def forward_backward(run: Run, images: Tensor, targets: Tensor, *, last: bool) -> Tensor:
     """Add one micro-batch's share to the gradients; ranks exchange them at the `last` one. Returns its share of the loss."""
     training = run.config.training
+    if run.erasing is not None:
+        images = run.erasing(images)
     if run.mixup is not None:
         images, targets = run.mixup(images, targets)
     if training.channels_last:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import random
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ import pytest
 import torch
 from PIL import Image
 
-from asp_dist.config import AugmentConfig, DaliConfig
+from asp_dist.config import AugmentConfig, DaliConfig, DataConfig
 from asp_dist.data.dali.pipeline import Placement, train_pipeline, val_pipeline
 from asp_dist.data.dali.readers import Reader, on_network
 from asp_dist.data.dali.resize import TorchResize
 from asp_dist.data.images import ImageSpec
+from asp_dist.data.torch_loader import build_transform
+from asp_dist.errors import UserError
 
 EVERYTHING = AugmentConfig(hflip=0.5, vflip=0.5, color_jitter=0.4, erase=0.25)
 GPU = Placement("gpu")
@@ -156,6 +159,50 @@ def test_training_crops_are_resized_as_by_pil(square: Reader, interpolation: str
             theirs = np.array(image.resize(spec.size, Image.Resampling[interpolation.upper()]))
         levels = (images * std + mean) * 255 - torch.from_numpy(theirs).permute(2, 0, 1)
         assert levels.abs().max() < 2.01 and levels.abs().mean() < 0.1
+
+
+def test_a_padded_crop_is_the_image_moved_with_zeros_around_it(square: Reader) -> None:
+    still = AugmentConfig(scale=(1.0, 1.0), ratio=(1.0, 1.0), hflip=0.0)
+    spec = ImageSpec((64, 64))
+    zero = -torch.tensor(spec.mean) / torch.tensor(spec.std)
+    plain, moved = train_batch(square, still), train_batch(square, dataclasses.replace(still, pad=4))
+    padded = zero[:, None, None].expand(16, 3, 72, 72).clone()
+    padded[:, :, 4:68, 4:68] = plain
+    places = []
+    for whole, image in zip(padded, moved):
+        found = [
+            (y, x) for y in range(9) for x in range(9) if torch.allclose(whole[:, y : y + 64, x : x + 64], image, atol=1e-4)
+        ]
+        assert len(found) == 1
+        places += found
+    assert len(set(places)) > 8 and {0, 8} & {place for pair in places for place in pair}
+
+
+@pytest.mark.parametrize("policy", ["randaugment", "augmix"])
+def test_timms_policies_run_at_every_magnitude(policy: Any) -> None:
+    """Small magnitudes ask for an image of no bits, which newer versions of PIL refuse."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8))
+    seen = set()
+    for magnitude in (1, 3, 30):
+        augment = AugmentConfig(
+            policy=policy, policy_magnitude=magnitude, policy_ops=4, policy_std=0.5, pad=2, scale=(1.0, 1.0)
+        )
+        transform = build_transform(ImageSpec((32, 32)), augment)
+        for seed in range(60):
+            random.seed(seed)
+            np.random.seed(seed)
+            torch.manual_seed(seed)
+            result = transform(image)
+            assert result.shape == (3, 32, 32) and result.isfinite().all()
+            seen.add(float(result.sum()))
+    assert len(seen) > 100
+
+
+def test_what_dali_has_not_is_refused() -> None:
+    for augment in (AugmentConfig(policy="augmix"), AugmentConfig(policy="randaugment", policy_std=0.5)):
+        with pytest.raises(UserError, match=r"DALI has no such thing: set data\.backend to torch"):
+            DataConfig(augment=augment)
+        assert DataConfig(augment=augment, backend="torch").augment == augment
 
 
 def test_images_resized_by_threads_stay_in_their_places() -> None:

@@ -16,6 +16,7 @@ from asp_dist.config import Config, to_dict
 from asp_dist.report import write_report
 from asp_dist.report.comparison import print_comparison
 from asp_dist.report.fronts import front, front_by, settings, settings_table
+from asp_dist.report.run_report import title_of
 
 
 def finished(name: str, sparsity: float, seed: int, top1: float, weights: int) -> tuple[str, str, dict[str, Any]]:
@@ -62,6 +63,12 @@ def test_the_front_has_what_nothing_beats_at_less_cost() -> None:
     assert ends["error_y"]["array"] == [pytest.approx(0.02828, abs=1e-4)] * 2 + [0]
     assert list(zip(line["x"], line["y"])) == [(50, 0.6), (100, pytest.approx(0.73))]
     assert front_by(settings(RUNS)[:1], "macs", "") is None and front_by(settings(RUNS), "latency", "") is None
+
+
+def test_many_runs_have_a_short_title() -> None:
+    assert title_of(["a", "b", "c"]) == "a, b, c"
+    assert title_of([f"sw-sparsity=0.{n}-seed=1" for n in range(4)]) == "sw-sparsity: 4 runs"
+    assert title_of(["a", "b", "c", "d"]) == "4 runs"
 
 
 def test_the_report_and_the_table_show_settings(tmp_path: Path) -> None:

@@ -43,6 +43,13 @@ BASES: dict[str, dict[str, Any]] = {
     "bce": {"pruning__enabled": False, "training__loss": "bce", "training__label_smoothing": 0.4},
     "decayed": {"pruning__enabled": False, "optimizer__layer_decay": 0.9},
     "averaged": {"pruning__enabled": False, "training__ema_decay": 0.9},
+    "clipped": {"pruning__enabled": False, "optimizer__clip_grad": 0.05},
+    "stalled": {"pruning__enabled": False, "optimizer__lr": 1e-9, "schedule__epochs": 8},
+    "erased": {"pruning__enabled": False, "training__max_steps": 12, "data__augment__erase": 1.0},
+    "spread": {
+        **{"pruning__enabled": False, "training__max_steps": 12, "data__backend": "torch"},
+        "data__augment__policy": "randaugment",
+    },
     "digits": {"pruning__enabled": False, "training__max_steps": 12},
     "policy": {"pruning__enabled": False, "training__max_steps": 12, "data__augment__policy": "randaugment"},
 }
@@ -77,6 +84,12 @@ TABLE: list[tuple[str, Any, str, str]] = [  # field, value, base, effect or the 
     ("data.root", "elsewhere", "dense", "reads and augments no image"),
     ("data.augment.erase", 1.0, "dense", "reads and augments no image"),
     ("data.augment.erase", 1.0, "digits", EFFECT),
+    ("data.augment.pad", 2, "digits", EFFECT),
+    ("data.augment.erase_mode", "pixel", "erased", EFFECT),
+    ("data.augment.erase_count", 4, "erased", EFFECT),
+    ("data.augment.erase_mode", "rand", "digits", "data.augment.erase is off"),
+    ("data.augment.policy_std", 0.5, "dense", "RandAugment's and AugMix's"),
+    ("data.augment.policy_std", 1.0, "spread", EFFECT),
     ("data.augment.repeats", 2, "digits", EFFECT),
     ("data.augment.mixup", 1.0, "digits", EFFECT),
     ("data.augment.cutmix", 1.0, "digits", EFFECT),
@@ -86,6 +99,7 @@ TABLE: list[tuple[str, Any, str, str]] = [  # field, value, base, effect or the 
     ("data.augment.mixup_prob", 0.5, "dense", "mixup and cutmix are off"),
     ("optimizer.name", "adamw", "dense", "another optimizer's state"),
     ("optimizer.lr", 0.05, "dense", EFFECT),
+    ("optimizer.lr_base_size", 8, "dense", EFFECT),
     ("optimizer.weight_decay", 0.01, "dense", EFFECT),
     ("optimizer.weight_decay", 0.01, "adamw", EFFECT),
     ("optimizer.weight_decay", 0.01, "undecayed", "different number of parameter groups"),
@@ -97,6 +111,9 @@ TABLE: list[tuple[str, Any, str, str]] = [  # field, value, base, effect or the 
     ("optimizer.kwargs", {"eps": 0.1}, "adamw", EFFECT),
     ("optimizer.kwargs", {"amsgrad": True}, "adamw", "max_exp_avg_sq"),
     ("optimizer.clip_grad", 0.01, "dense", EFFECT),
+    ("optimizer.clip_mode", "agc", "clipped", EFFECT),
+    ("optimizer.clip_mode", "value", "clipped", EFFECT),
+    ("optimizer.clip_mode", "value", "dense", "optimizer.clip_grad is off"),
     ("schedule.name", "poly", "dense", EFFECT),
     ("schedule.epochs", 4, "dense", EFFECT),
     ("schedule.epochs", 1, "dense", "5 steps are done, and the run would have 4"),
@@ -118,6 +135,11 @@ TABLE: list[tuple[str, Any, str, str]] = [  # field, value, base, effect or the 
     ("training.ema_decay", 0.5, "dense", EFFECT),
     ("training.ema_decay", 0.5, "averaged", EFFECT),
     ("training.ema_decay", None, "averaged", EFFECT),
+    ("training.ema_warmup", False, "averaged", EFFECT),
+    ("training.ema_start", 9, "averaged", EFFECT),
+    ("training.ema_start", 9, "dense", "training.ema_decay is off"),
+    ("training.grad_checkpointing", True, "dense", "has none .'CifarNet'"),
+    ("training.patience", 1, "stalled", EFFECT),
     ("training.sync_batch_norm", True, "dense", "one worker has nothing to synchronize"),
     ("training.parallel", "fsdp", "dense", "in another form"),
     ("training.eval_every", 3, "dense", EFFECT),
@@ -208,7 +230,7 @@ class Bases:
 
     def config(self, base: str) -> Config:
         changes = {"budget": BudgetConfig(sparsity=0.9), **BASES[base]}
-        if base in ("digits", "policy"):
+        if base in ("digits", "policy", "erased", "spread"):
             config = digits_config(self.folder / base, self.data())
             return with_changes(config, training__ema_decay=None, data__augment__mixup=0.0, **changes)
         return small_config(self.folder / base, **changes)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import random
 import time
 from pathlib import Path
 from typing import Any
@@ -10,17 +12,24 @@ import numpy as np
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file
 from small_runs import small_config, with_changes
 from timm.data import Mixup
+from timm.data.random_erasing import RandomErasing
 from timm.loss import BinaryCrossEntropy
+from timm.models import model_parameters
 from timm.optim import create_optimizer_v2
+from timm.utils import ModelEmaV3, dispatch_clip_grad
 
 from asp_dist.config import Config
+from asp_dist.errors import UserError
+from asp_dist.pruning import Ramp
 from asp_dist.tracking import read_rows
 from asp_dist.training import trainer
-from asp_dist.training.build import build_loss, build_mixup, build_optimizer
+from asp_dist.training.build import build_erasing, build_loss, build_mixup, build_optimizer, scaled
 from asp_dist.training.hooks import Stopped
-from asp_dist.training.run import Run
+from asp_dist.training.preflight import preflight
+from asp_dist.training.run import Run, build_average
 from asp_dist.training.trainer import train
 from asp_dist.training.world import World
 
@@ -104,3 +113,102 @@ def test_a_run_stops_at_its_time_limit_and_goes_on(tmp_path: Path) -> None:
     assert time.monotonic() - began >= 2.0
     steps = [row["step"] for row in read_rows(tmp_path / "run" / "metrics.jsonl") if row["kind"] == "train"]
     assert steps == list(range(1, len(steps) + 1)) and len(steps) > 2
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("sgd", 0.1 * 64 / 256), ("adamw", 0.1 * (64 / 256) ** 0.5), ("lamb", 0.05), ("rmsproptf", 0.025)]
+)
+def test_the_rate_is_scaled_to_the_batch_as_timm_does(name: str, expected: float) -> None:
+    """timm's train.py: with the root where the optimizer's name contains ``ada`` or ``lamb``."""
+    config = with_changes(Config(), optimizer__name=name, optimizer__lr_base_size=256, data__batch_size=64)
+    assert scaled(config).lr == pytest.approx(expected)
+    assert scaled(with_changes(config, optimizer__lr_base_size=None)).lr == 0.1
+
+
+@pytest.mark.parametrize(("mode", "clip"), [("value", 0.01), ("agc", 0.02), ("norm", 0.1)])
+def test_gradients_are_clipped_as_timm_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, clip: float) -> None:
+    seen: list[tuple[list[torch.Tensor], list[torch.Tensor]]] = []
+    take_step = trainer.take_step
+
+    def look(run: Run, norm: torch.Tensor) -> None:
+        ours = run.model
+        theirs = copy.deepcopy(ours)
+        for mine, other in zip(ours.parameters(), theirs.parameters()):
+            assert mine.grad is not None
+            other.grad = mine.grad.clone()
+        head = model_parameters(theirs, exclude_head=mode == "agc")
+        dispatch_clip_grad(head, clip, mode=mode)
+        take_step(run, norm)
+        seen.append(([p.grad for p in ours.parameters()], [p.grad for p in theirs.parameters()]))  # type: ignore[misc]
+
+    monkeypatch.setattr(trainer, "take_step", look)
+    options: dict[str, Any] = {"optimizer__clip_grad": clip, "optimizer__clip_mode": mode, "training__max_steps": 2}
+    train(small_config(tmp_path, pruning__enabled=False, **options), World())
+    assert len(seen) == 2
+    for ours, theirs in seen:
+        assert all(torch.allclose(a, b, rtol=1e-6, atol=0) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_the_average_is_timms_with_its_warm_up_and_start() -> None:
+    model = timm.create_model("test_vit", num_classes=3)
+    for warmup, start in ((True, 0), (False, 0), (False, 2), (True, 3)):
+        training = with_changes(
+            Config(), training__ema_decay=0.9, training__ema_warmup=warmup, training__ema_start=start
+        ).training
+        ours = build_average(training, model)
+        theirs = ModelEmaV3(model, decay=0.9, use_warmup=warmup, update_after_step=start)
+        assert ours is not None
+        for step in range(1, 6):
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.add_(0.1)
+            ours.update(model, step)
+            theirs.update(model, step)
+            pairs = zip(ours.module.parameters(), theirs.module.parameters())
+            assert all(torch.equal(a, b) for a, b in pairs), (warmup, start, step)
+
+
+@pytest.mark.parametrize(("mode", "count"), [("pixel", 1), ("rand", 1), ("const", 3)])
+def test_erasing_is_timms_where_dali_has_it_not(mode: str, count: int) -> None:
+    fields: dict[str, Any] = {
+        "data__augment__erase": 0.7,
+        "data__augment__erase_mode": mode,
+        "data__augment__erase_count": count,
+    }
+    ours = build_erasing(with_changes(Config(), **fields), torch.device("cpu"))
+    theirs = RandomErasing(0.7, mode=mode, max_count=count, device="cpu")
+    assert ours is not None
+    results = []
+    for erasing in (ours, theirs):
+        random.seed(3)
+        torch.manual_seed(3)
+        results.append(erasing(torch.ones(8, 3, 16, 16)))
+    assert torch.equal(*results) and not results[0].eq(1).all()
+    assert build_erasing(with_changes(Config(), data__augment__erase=0.7), torch.device("cpu")) is None, "DALI erases"
+
+
+def test_gradient_checkpointing_computes_the_same_and_is_refused_where_there_is_none(tmp_path: Path) -> None:
+    results = []
+    for number, enabled in enumerate((False, True)):
+        changes: dict[str, Any] = {"training__grad_checkpointing": enabled, "training__max_steps": 2, "model__kwargs": {}}
+        config = small_config(tmp_path, f"run{number}", model__name="test_vit", data__input_size=160, **changes)
+        train(config, World())
+        results.append(load_file(tmp_path / f"run{number}" / "model.safetensors"))
+    assert all(torch.allclose(results[0][name], results[1][name], atol=1e-6) for name in results[0])
+    with pytest.raises(UserError, match=r"training\.grad_checkpointing"):
+        preflight(small_config(tmp_path, "no", training__grad_checkpointing=True, model__name="alexnet", data__input_size=64))
+
+
+def test_a_run_ends_when_nothing_gets_better(tmp_path: Path) -> None:
+    ramp = Ramp("linear", 0.0, 0.2, freeze_at=0.25)
+    fields: dict[str, Any] = {"schedule__epochs": 40, "optimizer__lr": 1e-7, "training__patience": 3, "pruning__ramp": ramp}
+    summary = train(small_config(tmp_path, pruning__control="track", **fields), World())
+    best = summary["best"]["step"]
+    assert summary["steps"] == best + 3 * 4 < 160
+    assert summary["nonzero_weights"] == round(summary["prunable_weights"] * 0.1)
+    messages = [
+        row.get("message", "") for row in read_rows(tmp_path / "run" / "metrics.jsonl") if row.get("event") == "early stop"
+    ]
+    assert messages == [f"no better validation for 3 epochs: the run ends after step {summary['steps']}"]
+    again = train(small_config(tmp_path, pruning__control="track", **fields), World())
+    assert again == summary

@@ -12,7 +12,7 @@ from nvidia.dali.auto_aug import auto_augment, rand_augment, trivial_augment
 from asp_dist.config import AugmentConfig, DaliConfig
 from asp_dist.data.dali.readers import Reader
 from asp_dist.data.dali.resize import MODES, torch_resize
-from asp_dist.data.images import ImageSpec
+from asp_dist.data.images import ImageSpec, erases_batches
 
 INTERPOLATION = {
     "nearest": types.INTERP_NN,
@@ -88,9 +88,16 @@ def augment_colors(images: Any, augment: AugmentConfig) -> Any:
     return images
 
 
-def erase(images: Any, probability: float, spec: ImageSpec) -> Any:
-    """Random erasing (arXiv 1708.04896): with `probability`, a rectangle becomes the mean color."""
-    if probability <= 0:
+def padded_crop(images: Any, size: tuple[int, int], pad: int) -> Any:
+    """A crop of `size` at a random place of the images with `pad` pixels of zeros around them."""
+    start = fn.random.uniform(values=list(range(-pad, pad + 1)), shape=[2], dtype=types.INT32)
+    return fn.slice(images, start=start, shape=list(size), axis_names="HW", out_of_bounds_policy="pad", fill_values=0)
+
+
+def erase(images: Any, augment: AugmentConfig, spec: ImageSpec) -> Any:
+    """Random erasing (arXiv 1708.04896): with its probability, a rectangle becomes the mean color."""
+    probability = augment.erase
+    if probability <= 0 or erases_batches(augment):
         return images
     area = fn.random.uniform(range=ERASE_AREA)
     ratio = fn.random.uniform(range=ERASE_LOG_RATIO)
@@ -129,22 +136,26 @@ def normalize(images: Any, spec: ImageSpec, place: Placement, **kwargs: Any) -> 
 
 def train_images(encoded: Any, spec: ImageSpec, augment: AugmentConfig, place: Placement) -> Any:
     """Random resized crop, color, policy, erasing, flips and normalization of encoded images."""
-    images = fn.decoders.image_random_crop(
-        checked(encoded)[0],
-        **place.decoder,
-        output_type=types.RGB,
-        adjust_orientation=False,
-        jpeg_fancy_upsampling=True,
-        random_area=list(augment.scale),
-        random_aspect_ratio=list(augment.ratio),
-        num_attempts=10,
-    )
+    decoded = {"output_type": types.RGB, "adjust_orientation": False, "jpeg_fancy_upsampling": True}
+    if augment.pad:
+        images = fn.decoders.image(checked(encoded)[0], **place.decoder, **decoded)
+    else:
+        images = fn.decoders.image_random_crop(
+            checked(encoded)[0],
+            **place.decoder,
+            **decoded,
+            random_area=list(augment.scale),
+            random_aspect_ratio=list(augment.ratio),
+            num_attempts=10,
+        )
     if place.device == "cpu" and spec.interpolation in MODES:
         images = torch_resize(images, spec.size, spec.interpolation)
     else:
         images = fn.resize(images, size=spec.size, interp_type=INTERPOLATION[spec.interpolation], antialias=True)
+    if augment.pad:
+        images = padded_crop(images, spec.size, augment.pad)
     images = augment_colors(images, augment)
-    images = erase(images, augment.erase, spec)
+    images = erase(images, augment, spec)
     if augment.vflip > 0:
         images = fn.flip(images, horizontal=0, vertical=fn.random.coin_flip(probability=augment.vflip))
     mirror = fn.random.coin_flip(probability=augment.hflip) if augment.hflip > 0 else 0
