@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from readme_commands import commands, reason
 
 from asp_dist import __version__, cli, quick_checks
 from asp_dist.commands import COMMANDS
@@ -268,3 +270,19 @@ def test_the_next_command_can_be_pasted_where_the_environment_is_not_active(monk
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.chdir(bin_folder.parents[1])
     assert command_here() == f"{bin_folder.parent.name}/bin/asp-dist"
+
+
+def test_readmes_commands_are_understood() -> None:
+    """Run for real by tests/tools/readme_commands.py; here each is read as far as its options."""
+    found = [line for line in commands((ROOT / "README.md").read_text()) if line.startswith("asp-dist ")]
+    assert len(found) > 12
+    parser = cli.build_parser()
+    for line in found:
+        words = shlex.split(line)[1:]
+        assert words[0] in COMMANDS, line
+        words = cli.spelled(words, parser)
+        if COMMANDS[words[0]].configured:
+            words = cli._with_config_option(words)
+            cli.check_fields(words)
+        parser.parse_args(words)
+    assert sum(reason(line) is None for line in found) > 8
