@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -45,7 +46,12 @@ class TensorBoard:
     def __init__(self, run_dir: Path, resume_step: int) -> None:
         from tensorboardX import SummaryWriter
 
-        self._writer = SummaryWriter(str(run_dir / self.name), purge_step=resume_step + 1 if resume_step else None)
+        # The names of its files have seconds alone: two starts within one would write to the same file.
+        self._writer = SummaryWriter(
+            str(run_dir / self.name),
+            purge_step=resume_step + 1 if resume_step else None,
+            filename_suffix=f".{resume_step:09d}-{time.time_ns()}",
+        )
 
     def log(self, row: Row) -> None:
         """A scalar for each metric."""

@@ -22,7 +22,6 @@ from pyarrow.fs import AwsStandardS3RetryStrategy, S3FileSystem
 from small_runs import StopAt, small_config
 from test_checkpoint import keep, manifest, save, state
 
-from asp_dist.checkpoint import remote_storage
 from asp_dist.checkpoint.folder_lock import FolderBusy, hold_lease, place_of
 from asp_dist.checkpoint.format import read_checkpoint
 from asp_dist.checkpoint.manager import CheckpointManager
@@ -126,7 +125,7 @@ def impatient(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
         place = f"127.0.0.1:{proxy.port}"
         return S3FileSystem(scheme="http", endpoint_override=place, region="us-east-1", retry_strategy=once), bucket
 
-    for module in (remote_storage, checkpointing, sys.modules[__name__]):
+    for module in (checkpointing, sys.modules[__name__]):
         monkeypatch.setattr(module, "open_storage", open_once)
 
 

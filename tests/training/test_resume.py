@@ -60,7 +60,8 @@ def assert_same_bits(a: Any, b: Any, where: str = "state") -> None:
 def curve(folder: Path) -> list[dict[str, Any]]:
     """The run's train and eval rows, without clocks."""
     rows = [r for r in read_rows(folder / "metrics.jsonl") if r["kind"] in ("train", "eval")]
-    return [{k: v for k, v in r.items() if not k.startswith("time") and k != "train/images_per_second"} for r in rows]
+    clocks = ("time", "ranks/", "train/images_per_second")
+    return [{k: v for k, v in row.items() if not k.startswith(clocks)} for row in rows]
 
 
 def assert_same_run(one: Path, two: Path) -> None:
