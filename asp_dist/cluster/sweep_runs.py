@@ -29,13 +29,12 @@ from asp_dist.cluster.resources import check_room, this_machine
 from asp_dist.cluster.session import address_of, ray_session
 from asp_dist.cluster.signals import Signals
 from asp_dist.config import Config, to_dict
-from asp_dist.data import inspect_data
 from asp_dist.errors import UserError, check
 from asp_dist.files import repeating, write_text
 from asp_dist.tracking import Tail
 from asp_dist.tracking.rows import Row
 from asp_dist.tracking.schema import METRICS_FILE
-from asp_dist.training.preflight import preflight
+from asp_dist.training.preflight import look_at_data, preflight
 
 OnRow = Callable[[str, Row], None]
 OnEnd = Callable[[str, int, str], None]
@@ -262,7 +261,7 @@ def check_points(points: Sequence[Config]) -> list[str]:
             continue
         try:
             if point.data not in listed:
-                listed[point.data] = inspect_data(point.data)
+                listed[point.data] = look_at_data(point)
             preflight(point, listed[point.data])
         except UserError as error:
             raise UserError(f"{point.name}: {error}") from error

@@ -6,6 +6,7 @@ import functools
 import json
 import logging
 import os
+import re
 import shutil
 import zlib
 from collections import deque
@@ -16,6 +17,7 @@ from typing import IO, TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 
+from asp_dist.errors import UserError
 from asp_dist.files import WAITS_S, retry, write_bytes
 from asp_dist.object_store import open_storage
 
@@ -26,6 +28,11 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 READERS = 16  # threads that fetch images: a store answers late, and many at a time
 AHEAD = 3  # batches that are fetched before DALI asks for them
+# Answers of S3 that another attempt would get again.
+REFUSED = re.compile(
+    r"AWS Error (ACCESS_DENIED|NO_SUCH_BUCKET|INVALID_ACCESS_KEY_ID|SIGNATURE_DOES_NOT_MATCH|INVALID_CLIENT_TOKEN_ID|"
+    r"UNRECOGNIZED_CLIENT|EXPIRED_TOKEN|INVALID_SIGNATURE)"
+)
 JOURNAL = "journal"  # begins the names of the cache's lists of its files
 
 
@@ -86,7 +93,20 @@ class RemotePath:
 
     def _again(self, work: Callable[[Any, str], T]) -> T:
         system, path = self._place()
-        return retry(lambda: work(system, path), WAITS_S, self.address)
+
+        def attempt() -> T:
+            try:
+                return work(system, path)
+            except OSError as error:
+                refused = REFUSED.search(str(error))
+                if refused is None:
+                    raise
+                raise UserError(
+                    f"data: the store refuses {self.address} ({refused[1]}): check the bucket's name, and the keys and the "
+                    "endpoint in the environment (AWS_ACCESS_KEY_ID, AWS_PROFILE, AWS_ENDPOINT_URL, ...)"
+                ) from error
+
+        return retry(attempt, WAITS_S, self.address)
 
     def _kind(self) -> str:
         return str(self._again(lambda system, path: system.get_file_info(path)).type.name)

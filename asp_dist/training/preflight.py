@@ -57,7 +57,7 @@ def preflight(config: Config, data: DataInfo | None = None) -> Preflight:
     check_model_name(config.model.name)
     build.check_optimizer(config.optimizer.name)
     check_further(config.tracking.also)
-    data = inspect_data(config.data) if data is None else data
+    data = look_at_data(config) if data is None else data
     resumes = check_run_dir(config) is not None
     if not resumes:
         check_start(config)
@@ -69,6 +69,19 @@ def preflight(config: Config, data: DataInfo | None = None) -> Preflight:
     total_steps = count_steps(config, steps_per_epoch)
     check_budget(config, data, total_steps, steps_per_epoch)
     return Preflight(data, steps_per_epoch, total_steps, world_size, resumes)
+
+
+def look_at_data(config: Config) -> DataInfo:
+    """`inspect_data`, where a store that does not answer is the user's to look at: nothing has started yet."""
+    try:
+        return inspect_data(config.data)
+    except OSError as error:
+        if "://" not in config.data.root:
+            raise
+        raise UserError(
+            f"data.root = {config.data.root.partition('?')[0]}: the store does not answer ({error}): check the network, and "
+            "AWS_ENDPOINT_URL for a store of one's own"
+        ) from error
 
 
 def planned_world_size(config: Config) -> int:

@@ -14,7 +14,7 @@ from data_helpers import loaders, same
 from s3_server import S3Server, s3_server
 
 from asp_dist import cli
-from asp_dist.config import AugmentConfig, DataConfig
+from asp_dist.config import AugmentConfig, Config, DataConfig
 from asp_dist.data import inspect_data
 from asp_dist.data.prepare.digits import prepare_digits
 from asp_dist.data.prepare.preparation import prepare
@@ -22,6 +22,7 @@ from asp_dist.data.prepare.verification import verify
 from asp_dist.data.remote import Cache, RemotePath, place_of_data
 from asp_dist.errors import UserError
 from asp_dist.object_store import open_storage
+from asp_dist.training.preflight import look_at_data
 
 AUGMENT = AugmentConfig(scale=(0.3, 1.0), color_jitter=0.2, policy="randaugment", erase=0.5)
 IMAGES = 360  # of training; 120 of validation
@@ -205,6 +206,16 @@ def test_mistakes_are_said_at_once(store: str, changes: dict[str, Any], words: s
     changes = {name: value.replace("OPTIONS", store.partition("?")[2]) for name, value in changes.items()}
     with pytest.raises(UserError, match=words):
         inspect_data(dataclasses.replace(config(store), **changes))
+
+
+def test_a_store_that_refuses_or_is_not_there_is_said(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    address = server.address("digits").replace("s3://images/", "s3://another-bucket/")
+    with pytest.raises(UserError, match=r"the store refuses s3://another-bucket/x \(NO_SUCH_BUCKET\): check the bucket"):
+        (RemotePath(address).parent / "x").write_bytes(b"")
+    monkeypatch.setattr("asp_dist.data.remote.WAITS_S", ())
+    away = server.address("digits").replace(f":{server.port}", ":9")
+    with pytest.raises(UserError, match=r"data.root = s3://images/digits: the store does not answer .*AWS_ENDPOINT_URL"):
+        look_at_data(Config(data=config(away)))
 
 
 def test_folders_without_a_manifest_are_not_walked_at_every_start(server: S3Server) -> None:
