@@ -140,6 +140,8 @@ class DataConfig:
         format: how `root` is laid out; ``auto`` looks.
         train: name of the training split's folder, manifest or shard prefix under `root`.
         val: the same for the validation split.
+        select_fraction: share of the training images that is held out, never trained on: the validations of the epochs, and
+            ``output.select``, look at these, and the validation split is looked at once, at the end. 0: it chooses itself.
         batch_size: images per optimizer step, over all workers and accumulation steps.
         eval_batch_size: images per worker in a validation batch; None: the training batch per worker.
         input_size: image side in pixels; None: from the model's timm data config.
@@ -160,6 +162,7 @@ class DataConfig:
     format: DataFormat = "auto"
     train: str = "train"
     val: str = "val"
+    select_fraction: float = 0.0
     batch_size: int = 64
     eval_batch_size: int | None = None
     input_size: int | None = None
@@ -173,6 +176,11 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_address("data.root", self.root)
+        check_fraction("data.select_fraction", self.select_fraction, upper_open=True)
+        check(
+            self.select_fraction == 0 or self.backend != "synthetic",
+            "data.select_fraction holds out images, and data.backend = synthetic has none: leave it out",
+        )
         check(self.batch_size >= 1, f"data.batch_size = {self.batch_size} must be at least 1")
         for name in ("eval_batch_size", "input_size", "threads", "prefetch", "synthetic_classes", "cache_gb"):
             check_positive(f"data.{name}", getattr(self, name))

@@ -5,16 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from asp_dist.config import DataConfig
 from asp_dist.data.formats.folder import class_folders, scan_folder
 from asp_dist.data.formats.manifest import CLASSES, manifest_path, read_classes, read_manifest
 from asp_dist.data.formats.shards import read_shards, shard_files
+from asp_dist.data.order import permutation
 from asp_dist.data.remote import Place, RemotePath, place_of_data
 from asp_dist.data.samples import Samples
 from asp_dist.errors import UserError, check, missing_data
 
 # In the folder of a data set that `asp-dist prepare` writes: what, from what.
 PREPARED = ".prepare.json"
+HOLD_OUT_SEED = 0x5E1EC7
 
 
 @dataclass(frozen=True)
@@ -38,11 +42,12 @@ class DataInfo:
 
 @dataclass(frozen=True)
 class DataSet:
-    """An opened data set: `info` and its two splits."""
+    """An opened data set: `info`, its two splits, and the training images that are held out to choose on, if any."""
 
     info: DataInfo
     train: Samples
     val: Samples
+    select: Samples | None = None
 
 
 def class_names(root: Place, classes: tuple[str, ...]) -> tuple[str, ...]:
@@ -105,7 +110,22 @@ def open_data_set(data: DataConfig) -> DataSet:
         classes = tuple(str(i) for i in range(count)) if table is None else table[0]
         names = classes if table is None else table[1]
     _check_classes(root / data.train, classes)
-    return DataSet(DataInfo(len(train), len(val), classes, names, kind), train, val)
+    train, select = hold_out(train, data.select_fraction)
+    return DataSet(DataInfo(len(train), len(val), classes, names, kind), train, val, select)
+
+
+def hold_out(train: Samples, fraction: float) -> tuple[Samples, Samples | None]:
+    """The images to train on, and a `fraction` that is held out, drawn once and for all; None for 0.
+
+    Raises:
+        UserError: one of the two would be empty.
+    """
+    if fraction == 0:
+        return train, None
+    count = round(fraction * len(train))
+    check(0 < count < len(train), f"data.select_fraction = {fraction} holds out {count} of {len(train)} training images")
+    drawn = permutation(len(train), HOLD_OUT_SEED)
+    return train.subset(np.sort(drawn[count:])), train.subset(np.sort(drawn[:count]))
 
 
 def _check_classes(split: Place, classes: tuple[str, ...]) -> None:

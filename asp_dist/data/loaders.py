@@ -21,22 +21,29 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Loaders:
-    """One rank's loaders, and the contents of their data set."""
+    """One rank's loaders, and the contents of their data set; `select` is of the images held out to choose on, if any are."""
 
     train: TrainLoader
     val: ValLoader
     info: DataInfo
+    select: ValLoader | None = None
+
+    @property
+    def judge(self) -> ValLoader:
+        """Of the images that the epochs' validations look at."""
+        return self.val if self.select is None else self.select
 
     def close(self) -> None:
         """Let go of threads, processes and files."""
-        self.train.close()
-        self.val.close()
+        for loader in (self.train, self.val, self.select):
+            if loader is not None:
+                loader.close()
 
     def remove_caches(self) -> None:
         """Delete the node's copies of an object store's images."""
-        for cache in (self.train.cache, self.val.cache):
-            if cache is not None:
-                cache.remove()
+        for loader in (self.train, self.val, self.select):
+            if loader is not None and loader.cache is not None:
+                loader.cache.remove()
 
 
 def build_loaders(
@@ -100,13 +107,15 @@ def build_loaders(
         from asp_dist.data.torch_loader import TorchTrain, TorchVal
 
         train: TrainLoader = TorchTrain(data_set.train, plan, options)
-        val: ValLoader = TorchVal(data_set.val, len(data_set.val), eval_batch, options)
+        kind: type[ValLoader] = TorchVal
     else:
         from asp_dist.data.dali.dali_loader import DaliTrain, DaliVal
 
         train = DaliTrain(data_set.train, plan, options)
-        val = DaliVal(data_set.val, len(data_set.val), eval_batch, options)
-    return Loaders(train, val, data_set.info)
+        kind = DaliVal
+    val, held = data_set.val, data_set.select
+    select = None if held is None else kind(held, len(held), eval_batch, options)
+    return Loaders(train, kind(val, len(val), eval_batch, options), data_set.info, select)
 
 
 def _synthetic(data: DataConfig, options: LoaderOptions, accumulate: int) -> Loaders:

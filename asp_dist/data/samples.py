@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import re
@@ -109,6 +110,12 @@ class Samples:
         for place in (self.shard, self.offset, self.size):
             digest.update(b"" if place is None else place.tobytes())
         return digest.hexdigest()[:16]
+
+    def subset(self, indices: IndexArray) -> Samples:
+        """The samples at `indices`, int64 [M], in that order."""
+        names = Names(self.names.blob, self.names.begins[indices], self.names.ends[indices])
+        shard, offset, size = (None if place is None else place[indices] for place in (self.shard, self.offset, self.size))
+        return dataclasses.replace(self, names=names, labels=self.labels[indices], shard=shard, offset=offset, size=size)
 
     def place(self, index: int) -> str:
         """Where sample `index` lies, for messages: its path, or the member and its shard."""

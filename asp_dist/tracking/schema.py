@@ -131,7 +131,8 @@ class RunSummary(PruningSummary, total=False):
         val_samples: their number.
         best: the best validation at the budget: ``{"step": ..., "val/top1": ...}``; None: there was none.
         weights: whose weights are in ``model.safetensors``: ``model`` or ``average``.
-        selected: how they were chosen: ``{"by": output.select, "step": ..., "on": "validation" or None}``.
+        selected: how they were chosen: ``{"by": output.select, "step": ..., "on": ...}``, on ``validation``, on ``held-out
+            training images`` (``data.select_fraction``), or on nothing (None).
         images_per_second: throughput of all workers.
         epochs: length of the run.
         steps: optimizer steps.

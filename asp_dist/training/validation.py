@@ -52,7 +52,7 @@ def validate(run: Run) -> bool:
     if run.ema is not None:
         world.broadcast_(list(run.ema.module.buffers()))
         models.append(averaged_model(run))
-    numbers_of = evaluate_models(models, run.loaders.val, training, world, on_batch)
+    numbers_of = evaluate_models(models, run.loaders.judge, training, world, on_batch)
     results: dict[str, Any] = dict(numbers_of[0])
     for average in numbers_of[1:]:
         results.update({name.replace(VAL, VAL_EMA): value for name, value in average.items()})
@@ -86,8 +86,8 @@ def measure_layers(run: Run) -> dict[str, LayerRow]:
     """Accuracy with each layer dense again, on the run's fixed share of the validation images; a collective."""
     assert run.pruner is not None
     if not run.layer_subset:
-        images, samples = run.config.tracking.layer_accuracy_images, run.loaders.val.num_samples
-        run.layer_subset = pick_subset(run.loaders.val, images, run.world, samples)
+        images, judge = run.config.tracking.layer_accuracy_images, run.loaders.judge
+        run.layer_subset = pick_subset(judge, images, run.world, judge.num_samples)
     return layer_accuracy(run.model, run.pruner, run.layer_subset, run.config.training, run.world)
 
 
@@ -123,6 +123,7 @@ def select_weights(run: Run) -> Selected:
     A run whose budget was never met before its end has no best one: then it is the last.
     """
     select, results, step = run.config.output.select, run.results, run.step
+    chosen_on = "validation" if run.loaders.select is None else "held-out training images"
     if select.startswith("best"):
         found: list[dict[str, Any]] = []
 
@@ -139,9 +140,9 @@ def select_weights(run: Run) -> Selected:
             if run.pruner is not None and state["pruner"] is not None:
                 run.pruner.load_state_dict(state["pruner"])
             run.snapshot, results, step = None, manifest.metrics, manifest.step
-        return Selected(select == "best-average", step, results, "validation")
+        return Selected(select == "best-average", step, results, chosen_on)
     better = run.ema is not None and results[VAL_EMA_TOP1] >= results[VAL_TOP1]
-    on = "validation" if select == "auto" and run.ema is not None else None
+    on = chosen_on if select == "auto" and run.ema is not None else None
     return Selected(better if select == "auto" else select == "average", step, results, on)
 
 
@@ -156,6 +157,9 @@ def finish_run(run: Run) -> dict[str, Any]:
     prefix = VAL_EMA if use_average else VAL
     model = averaged_model(run) if use_average else run.model
     weights, _ = full_state(model, run.optimizer) if not use_average else (model.state_dict(), {})
+    if run.loaders.select is not None:  # now for the images that chose nothing
+        last = evaluate_models([model], run.loaders.val, run.config.training, run.world)[0]
+        results = {name.replace(VAL, prefix, 1): value for name, value in last.items()} | {VAL_SAMPLES: last[VAL_SAMPLES]}
     if run.pruner is not None and run.snapshot is None:
         run.snapshot = run.pruner.snapshot()  # stopped and resumed between the last validation and here
     counts: Any = run.snapshot.summary() if run.snapshot is not None else dense_summary(run.model)

@@ -71,6 +71,7 @@ TABLE: list[tuple[str, Any, str, str]] = [  # field, value, base, effect or the 
     ("data.synthetic_samples", (128, 30), "dense", "8 steps instead of 4"),
     ("data.synthetic_samples", (64, 40), "dense", EFFECT),
     ("data.synthetic_classes", 5, "dense", "does not fit this run"),
+    ("data.select_fraction", 0.2, "digits", "steps instead of 11"),
     ("data.augment.scale", (0.3, 0.5), "digits", EFFECT),
     ("data.augment.ratio", (0.5, 0.6), "digits", EFFECT),
     ("data.augment.hflip", 1.0, "digits", EFFECT),
