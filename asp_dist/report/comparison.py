@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -48,18 +49,29 @@ def read_summary(run_dir: Path) -> dict[str, Any]:
     return summary
 
 
+def runs_among(run_dirs: Sequence[Path], file: str) -> Sequence[Path]:
+    """The folders that have a `file`; the others are named on the standard error. All of them, if none has it."""
+    found = [run_dir for run_dir in run_dirs if (run_dir / file).is_file()]
+    if not found:
+        return run_dirs
+    others = [str(run_dir) for run_dir in run_dirs if run_dir not in found]
+    if others:
+        print(f"passed over, without {file}: {', '.join(others)}", file=sys.stderr)
+    return found
+
+
 def print_comparison(run_dirs: Sequence[Path], *, as_json: bool = False, file: IO[str] | None = None) -> None:
     """Print one line per run, the best top-1 first; a star marks the runs that no other beats in top-1 and sparsity.
 
     Args:
-        run_dirs: folders of finished runs.
+        run_dirs: folders of finished runs; among several, such as ``runs/*``, others are passed over, and named.
         as_json: one JSON object per run and line instead: its summary, with ``run`` (its folder) and ``front``.
         file: where to print instead of the standard output.
 
     Raises:
-        UserError: a folder is not a finished run.
+        UserError: none is a finished run, or a summary cannot be read.
     """
-    found = [(run_dir, read_summary(run_dir)) for run_dir in run_dirs]
+    found = [(run_dir, read_summary(run_dir)) for run_dir in runs_among(run_dirs, SUMMARY_FILE)]
     points = [(s["sparsity"], s["top1"]) for _, s in found if "sparsity" in s and "top1" in s]
     best = set(pareto(points))
     found.sort(key=lambda item: -float(item[1].get("top1", 0.0)))

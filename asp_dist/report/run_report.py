@@ -14,6 +14,7 @@ from typing import Any
 from asp_dist.errors import UserError
 from asp_dist.pruning.names import LayerRow
 from asp_dist.report import curves, fronts, plots
+from asp_dist.report.comparison import runs_among
 from asp_dist.report.histograms import BINS, RANGE, Histogram, histograms
 from asp_dist.report.page import Page
 from asp_dist.report.plots import color
@@ -93,18 +94,18 @@ def write_report(run_dirs: Sequence[Path | str], out: Path | str | None = None) 
     """Write the report of one run, or of several side by side, as one HTML file that loads nothing.
 
     Args:
-        run_dirs: folders of runs, finished or not.
+        run_dirs: folders of runs, finished or not; among several, those that are none are passed over.
         out: the file; None: ``report.html`` in the run's folder, for several runs next to their folders.
 
     Returns:
         The file's path.
 
     Raises:
-        UserError: a folder contains no run, or none is given.
+        UserError: no folder contains a run, or none is given.
     """
     if not run_dirs:
         raise UserError("a report needs at least one run folder, such as runs/quickstart")
-    runs = [load_run(Path(run_dir)) for run_dir in run_dirs]
+    runs = [load_run(run_dir) for run_dir in runs_among([Path(run_dir) for run_dir in run_dirs], METRICS_FILE)]
     if out is None:
         folder = runs[0].dir if len(runs) == 1 else runs[0].dir.resolve().parent
         out = folder / REPORT_FILE

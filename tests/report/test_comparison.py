@@ -11,6 +11,7 @@ from make_run import make_run
 
 from asp_dist.errors import UserError
 from asp_dist.report.comparison import print_comparison
+from asp_dist.report.run_report import write_report
 
 
 @pytest.fixture
@@ -37,6 +38,18 @@ def test_json_lines_hold_the_summaries(runs: list[Path]) -> None:
         ("sparse", True, 0.71),
         ("worse", False, 0.7),
     ]
+
+
+def test_folders_beside_the_runs_are_passed_over(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As ``runs/*`` brings them: the folders of a sweep or a rehearsal, a file, a run that goes on."""
+    (tmp_path / "worse-sweep").mkdir()
+    (tmp_path / "report.html").write_text("")
+    everything = sorted(tmp_path.iterdir())
+    out = io.StringIO()
+    print_comparison(everything, file=out)
+    assert len(out.getvalue().splitlines()) == 4
+    assert "report.html" in capsys.readouterr().err
+    assert write_report(everything, tmp_path / "all.html").is_file()
 
 
 def test_a_folder_without_a_finished_run_is_an_error(tmp_path: Path) -> None:
