@@ -10,6 +10,7 @@ from jsonargparse import ArgumentParser
 
 from asp_dist.config import Config
 from asp_dist.errors import check
+from asp_dist.planning.gpus import Shares, find_gpu
 from asp_dist.quick_checks import check_quickly
 
 
@@ -43,13 +44,14 @@ def run(
     for option, value in given.items():
         check(gpu is not None or value is None, f"{option} {value} is of a GPU: give --gpu, such as --gpu A100")
     check(price is None or price > 0, f"--price {price} must be greater than 0: dollars for an hour of one GPU")
-    from asp_dist.planning import OtherMachine, Shares, estimate_run, find_gpu, print_plan
-
-    other = None
+    shares = {name: value for name, value in (("arithmetic", share), ("memory", memory_share)) if value is not None}
+    machine = None
     if gpu is not None:
-        shares = {"arithmetic": share, "memory": memory_share}
-        known = {name: value for name, value in shares.items() if value is not None}
-        other = OtherMachine(find_gpu(gpu, None if gpu_table is None else Path(gpu_table)), Shares(**known), price)
+        machine = find_gpu(gpu, None if gpu_table is None else Path(gpu_table)), Shares(**shares)
+    from asp_dist.planning.estimate import OtherMachine, estimate_run
+    from asp_dist.planning.plan_text import print_plan
+
+    other = None if machine is None else OtherMachine(*machine, price)
     estimate = estimate_run(config, measure_s=measure_s, other=other)
     if json:
         print(json_.dumps(dataclasses.asdict(estimate)))

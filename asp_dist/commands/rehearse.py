@@ -12,7 +12,7 @@ from asp_dist.config import Config
 from asp_dist.quick_checks import check_quickly
 
 if TYPE_CHECKING:
-    from asp_dist.planning import Rehearsal
+    from asp_dist.planning.rehearsal import Rehearsal
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -26,7 +26,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(config: Config, *, steps: int = 300, batch_size: int = 32, input_size: int = 32, json: bool = False) -> int:
     """Run the whole schedule, pruned and dense, in small steps on this machine; exit code 1 if an invariant is broken."""
     check_quickly(config, here=False)
-    from asp_dist.planning import rehearse
+    from asp_dist.planning.rehearsal import rehearse
 
     found = rehearse(config, steps=steps, batch_size=batch_size, input_size=input_size)
     if json:

@@ -18,7 +18,8 @@ from asp_dist.data import DataInfo, inspect_data
 from asp_dist.data.images import build_spec
 from asp_dist.errors import UserError
 from asp_dist.models import build_model
-from asp_dist.planning.roofline import Counted, Gpu, Shares, count_step, step_on
+from asp_dist.planning.gpus import Gpu, Shares
+from asp_dist.planning.roofline import Counted, count_step, step_on
 from asp_dist.planning.step_time import BUCKET, Network, StepTime, measure_step, scale
 from asp_dist.pruning import Pruner, Ramp, Snapshot
 from asp_dist.pruning.names import LayerRow

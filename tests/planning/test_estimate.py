@@ -24,7 +24,7 @@ from asp_dist.config import (
     TrainingConfig,
 )
 from asp_dist.errors import UserError
-from asp_dist.planning import Estimate, estimate_run
+from asp_dist.planning.estimate import Estimate, estimate_run
 from asp_dist.planning.plan_text import print_plan
 from asp_dist.planning.step_time import Network, StepTime, scale
 from asp_dist.pruning import Ramp, Select

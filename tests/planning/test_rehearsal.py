@@ -16,7 +16,8 @@ from asp_dist import cli
 from asp_dist.config import Config, OutputConfig
 from asp_dist.data import prepare_digits
 from asp_dist.errors import UserError
-from asp_dist.planning import Rehearsal, rehearsal, rehearse
+from asp_dist.planning import rehearsal
+from asp_dist.planning.rehearsal import Rehearsal, rehearse
 from asp_dist.planning.squeeze import squeeze
 from asp_dist.pruning.control import track
 from asp_dist.pruning.control.controller import StepStats

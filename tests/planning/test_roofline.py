@@ -13,8 +13,10 @@ from torch import nn
 from asp_dist import cli
 from asp_dist.config import ClusterConfig, Config, DataConfig, ModelConfig, TrainingConfig
 from asp_dist.errors import UserError
-from asp_dist.planning import OtherMachine, Shares, estimate_run, find_gpu, print_plan
-from asp_dist.planning.roofline import count_step, read_gpus
+from asp_dist.planning.estimate import OtherMachine, estimate_run
+from asp_dist.planning.gpus import Shares, find_gpu, read_gpus
+from asp_dist.planning.plan_text import print_plan
+from asp_dist.planning.roofline import count_step
 
 # Images per second of training in mixed precision on one GPU, images per batch, side. RTX 3090: timm's
 # results/benchmark-train-amp-nhwc-pt112-cu113-rtx3090.csv. A100: NVIDIA DeepLearningExamples, PyTorch ConvNets,
