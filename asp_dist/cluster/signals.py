@@ -24,11 +24,6 @@ class Signals:
         self._files: Stoppable | None = None
         self._before: dict[signal.Signals, Any] = {}
 
-    @property
-    def reason(self) -> str | None:
-        """The signal that came, or None."""
-        return self._reason
-
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):

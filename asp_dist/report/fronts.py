@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 import yaml
 
 from asp_dist.config import FREE_ON_RESUME, flatten, is_among
+from asp_dist.report.curves import pareto
 from asp_dist.report.plots import GREY, color
 from asp_dist.tracking.heat_map import Figure, axis, short
 
@@ -121,11 +121,7 @@ def front_by(found: Sequence[Setting], key: str, title: str) -> Figure | None:
 
 def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """Those of (cost, accuracy) that none of the others beats in both, by rising cost."""
-    best: list[tuple[float, float]] = []
-    for cost, accuracy in sorted(points, key=lambda point: (point[0], -point[1])):
-        if accuracy > (best[-1][1] if best else -math.inf):
-            best.append((cost, accuracy))
-    return best
+    return [(-saved, accuracy) for saved, accuracy in reversed(pareto([(-cost, accuracy) for cost, accuracy in points]))]
 
 
 HEADER = ("setting", "runs", "top-1", "± over seeds", "weights left", "multiply-adds", "bytes as a sparse file")

@@ -9,10 +9,8 @@ from typing import Any, Protocol
 
 from asp_dist.config import Config, flatten, to_dict
 from asp_dist.errors import UserError
-from asp_dist.tracking.rows import Row
-from asp_dist.tracking.schema import EVENT
+from asp_dist.tracking.rows import Row, numbers_of
 
-NOT_METRICS = ("step", "time", "kind")
 PACKAGES = {"tensorboard": "tensorboardX", "mlflow": "mlflow-skinny"}
 MLFLOW_ID_FILE = "mlflow_id"
 MLFLOW_VALUE = 6000  # characters of a parameter's value that MLflow takes
@@ -28,14 +26,6 @@ class FurtherTracker(Protocol):
 
     def finish(self, summary: dict[str, Any], exit_code: int) -> None:
         """Take the summary, and close."""
-
-
-def numbers_of(row: Row) -> dict[str, float]:
-    """The metrics of a row; of an event none."""
-    if row["kind"] == EVENT:
-        return {}
-    kinds = int | float
-    return {k: v for k, v in row.items() if k not in NOT_METRICS and isinstance(v, kinds) and not isinstance(v, bool)}
 
 
 class TensorBoard:

@@ -46,6 +46,16 @@ def kind_of(row: Row) -> str:
     return EVAL if any(key.startswith(VAL) for key in row) else TRAIN
 
 
+NOT_METRICS = ("step", "time", "kind")
+
+
+def numbers_of(row: Row) -> dict[str, float]:
+    """The metrics of a row, by their names; of an event none."""
+    if row["kind"] == EVENT:
+        return {}
+    return {k: v for k, v in row.items() if k not in NOT_METRICS and isinstance(v, int | float) and not isinstance(v, bool)}
+
+
 def parse(line: str) -> Row | None:
     """The row on `line`, or None where the line is not a whole row (cut by a kill)."""
     try:

@@ -14,8 +14,8 @@ from tensorboardX.proto.event_pb2 import Event
 
 from asp_dist.errors import UserError
 from asp_dist.tracking import further
-from asp_dist.tracking.further import check_further, numbers_of
-from asp_dist.tracking.rows import read_rows
+from asp_dist.tracking.further import check_further
+from asp_dist.tracking.rows import numbers_of, read_rows
 from asp_dist.training.hooks import Hooks, Stopped
 from asp_dist.training.trainer import train
 from asp_dist.training.world import World

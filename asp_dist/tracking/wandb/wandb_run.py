@@ -13,7 +13,7 @@ from typing import Any
 from asp_dist.config import Config, TrackingConfig, to_dict
 from asp_dist.pruning.names import LayerRow
 from asp_dist.tracking.layer_rows import LayerHistory
-from asp_dist.tracking.rows import Row
+from asp_dist.tracking.rows import Row, numbers_of
 from asp_dist.tracking.schema import CONFIG_FILE, EVENT, LAYERS_FILE, MODEL_FILE
 from asp_dist.tracking.wandb import layer_charts, transaction_log
 from asp_dist.tracking.wandb.login import Mode, resolve
@@ -24,7 +24,6 @@ ID_FILE = "wandb_id"
 STEP = "global_step"
 MAX_SCALARS = 38  # of our own; a web page with hundreds of charts opens slowly (wandb#4759)
 FINISH_TIMEOUT_S = 120.0
-NOT_SCALARS = ("step", "time", "kind")
 
 
 def run_id(run_dir: Path) -> str:
@@ -60,7 +59,7 @@ class WandbRun:
         """Log a row's numbers at its step; a step that wandb has already is left as it is."""
         if row["kind"] == EVENT or row["step"] <= self._last_steps.get(row["kind"], -1):
             return
-        scalars = {key: value for key, value in row.items() if key not in NOT_SCALARS and _is_number(value)}
+        scalars = numbers_of(row)
         room = MAX_SCALARS - len(self._scalars)
         new = [key for key in scalars if key not in self._scalars]
         self._scalars.update(new[:room])
@@ -84,10 +83,6 @@ class WandbRun:
         if exit_code == 0:
             _log_artifacts(self.run, run_dir, summary, model=self._upload_model)
         self.run.finish(exit_code=exit_code)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _settings(**values: Any) -> Any:
