@@ -23,10 +23,8 @@ from asp_dist.commands import COMMANDS
 from asp_dist.commands.command import Command
 from asp_dist.commands.sweep import name_of, variants
 from asp_dist.config import Config, from_dict
-from asp_dist.errors import UserError
+from asp_dist.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_STOPPED, EXIT_USER, UserError
 from asp_dist.help_texts import AsWritten, examples, meant, short_help
-
-EXIT_USER, EXIT_FAILURE, EXIT_STOPPED, EXIT_INTERRUPTED = 2, 1, 75, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:

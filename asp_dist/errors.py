@@ -6,6 +6,9 @@ import errno
 import re
 from urllib.parse import parse_qsl, urlsplit
 
+# Of ``asp-dist``; see `asp_dist.cli.main`.
+EXIT_FAILURE, EXIT_USER, EXIT_STOPPED, EXIT_INTERRUPTED = 1, 2, 75, 130
+
 
 class UserError(ValueError):
     """A mistake of the user's, or of the machine's set-up: the message names the value, the place and the remedy."""

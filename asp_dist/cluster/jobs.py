@@ -23,9 +23,8 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 import asp_dist
 from asp_dist.cluster import user_keys
 from asp_dist.config import Config, to_dict
-from asp_dist.errors import UserError, check
+from asp_dist.errors import EXIT_FAILURE, EXIT_STOPPED, UserError, check
 
-EXIT_FAILURE, EXIT_STOPPED = 1, 75
 POLL_S = 1.0
 START_WAIT_S = 60.0
 ATTEMPTS = 6

@@ -29,7 +29,7 @@ from asp_dist.cluster.resources import check_room, this_machine
 from asp_dist.cluster.session import address_of, ray_session
 from asp_dist.cluster.signals import Signals
 from asp_dist.config import Config, to_dict
-from asp_dist.errors import UserError, check
+from asp_dist.errors import EXIT_STOPPED, UserError, check
 from asp_dist.files import repeating, write_text
 from asp_dist.tracking import Tail
 from asp_dist.tracking.rows import Row
@@ -39,7 +39,6 @@ from asp_dist.training.preflight import look_at_data, preflight
 OnRow = Callable[[str, Row], None]
 OnEnd = Callable[[str, int, str], None]
 POLL_S = 0.5
-EXIT_STOPPED = 75
 PR_SET_PDEATHSIG = 1
 SETTINGS = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # a signal stops the runs after a checkpoint

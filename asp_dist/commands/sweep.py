@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from jsonargparse import ArgumentParser
 
 from asp_dist.config import Config
-from asp_dist.errors import UserError, check
+from asp_dist.errors import EXIT_STOPPED, UserError, check
 from asp_dist.quick_checks import check_quickly
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def run(points: Sequence[Config], *, name: str, concurrent: int = 1, quiet: bool
     for point in points:
         check_quickly(point)
     from asp_dist.checkpoint.record import run_dir
-    from asp_dist.cluster.sweep_runs import EXIT_STOPPED, check_points, run_sweep, sweep_dir
+    from asp_dist.cluster.sweep_runs import check_points, run_sweep, sweep_dir
     from asp_dist.report import print_comparison, write_report
     from asp_dist.tracking.schema import REPORT_FILE
 

@@ -23,7 +23,7 @@ from waiting import HANG_S, wait_until
 
 from asp_dist.cluster import jobs, ray_private, user_keys
 from asp_dist.config import Config, DataConfig, ModelConfig, ResumeConfig, from_dict
-from asp_dist.errors import UserError
+from asp_dist.errors import EXIT_STOPPED, UserError
 
 ROOT = Path(__file__).parents[2]
 KEY = "0123456789abcdef0123456789abcdef01234567"
@@ -216,7 +216,7 @@ def test_a_stopped_job_leaves_a_checkpoint_and_no_process(head: tuple[jobs.Clust
     assert "RUNNING" in out.getvalue()
     assert drivers_of(cluster_folder)
     assert jobs.stop(job, cluster, out) == 0
-    assert jobs.status(job, cluster, out) == jobs.EXIT_STOPPED
+    assert jobs.status(job, cluster, out) == EXIT_STOPPED
     assert list((tmp_path / "long" / "checkpoints").glob("step-*"))
     left = [t for t in threading.enumerate() if t.name == "ray-train"]
     assert left == []
