@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from jsonargparse import ArgumentParser
 
 from asp_dist.config import Config
+from asp_dist.errors import check
 from asp_dist.files import repeating
 from asp_dist.quick_checks import check_quickly
 from asp_dist.tracking.schema import METRICS_FILE
@@ -38,14 +39,25 @@ def _style(quiet: bool, as_json: bool) -> Any:
 def add_arguments(parser: ArgumentParser) -> None:
     """Options of ``train``."""
     parser.add_argument("--quiet", action="store_true", help="show no progress.")
+    parser.add_argument("--layers", type=int, default=0, metavar="N", help="show the N largest layers on the live screen.")
     parser.add_argument("--json", action="store_true", help="print each row of metrics, and the summary, as JSON lines.")
     parser.add_argument("--dry-run", action="store_true", help="run three steps end to end, under a separate name.")
     parser.add_argument("--profile", action="store_true", help="profile a few steps of rank 0, into profile/ of the run.")
 
 
-def run(config: Config, *, quiet: bool = False, json: bool = False, dry_run: bool = False, profile: bool = False) -> int:
+def run(
+    config: Config,
+    *,
+    quiet: bool = False,
+    json: bool = False,
+    dry_run: bool = False,
+    profile: bool = False,
+    layers: int = 0,
+) -> int:
     """Train and prune, on Ray or in this process, and print the results."""
     check_quickly(config)
+    check(layers >= 0, f"--layers = {layers} must not be negative")
+    from asp_dist.checkpoint.record import run_dir
     from asp_dist.tracking import Console
     from asp_dist.training.preflight import preflight
     from asp_dist.training.world import has_rank, init_world, is_one_rank
@@ -54,11 +66,12 @@ def run(config: Config, *, quiet: bool = False, json: bool = False, dry_run: boo
         config = as_dry_run(config)
     if profile and not config.training.profile_steps:
         config = dataclasses.replace(config, training=dataclasses.replace(config.training, profile_steps=PROFILE_STEPS))
+    shown: Any = {"layers": layers, "folder": run_dir(config)}
     if config.cluster.mode == "ray" and not is_one_rank(config):
         if has_rank():
             print(RANK_IGNORED, file=sys.stderr)
         checked = preflight(config)
-        with Console(config, checked.total_steps, style=_style(quiet, json)) as console:
+        with Console(config, checked.total_steps, style=_style(quiet, json), **shown) as console:
             summary = _train_on_ray(config, console)
         _show_results(config, summary, quiet=quiet, as_json=json)
         return 0
@@ -66,7 +79,7 @@ def run(config: Config, *, quiet: bool = False, json: bool = False, dry_run: boo
     world = init_world(config.training.device, config.cluster.timeout_s)
     try:
         checked = world.on_main(answer)
-        with Console(config, checked.total_steps, style=_style(quiet or not world.is_main, json)) as console:
+        with Console(config, checked.total_steps, style=_style(quiet or not world.is_main, json), **shown) as console:
             summary = _train_here(config, world, console)
     finally:
         world.close()

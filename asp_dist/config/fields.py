@@ -53,7 +53,9 @@ class AugmentConfig:
         policy: automatic augmentation policy; ``augmix`` with the torch backend alone.
         policy_ops: RandAugment's number of operations per image.
         policy_magnitude: RandAugment's magnitude, 0 to 30; AugMix's as well.
-        policy_std: standard deviation of that magnitude, on timm's scale of 0 to 10; with the torch backend alone.
+        policy_std: standard deviation of that magnitude, on timm's scale of 0 to 10; above 100: uniform up to the magnitude.
+        policy_prob: probability that each chosen operation of RandAugment is applied; timm's recipes have 0.5.
+        policy_increasing: use operations of RandAugment that all get stronger with the magnitude (timm's ``inc1``).
         erase: probability of random erasing.
         erase_mode: what fills the rectangle: the mean color (``const``), a random color, or a random one in each pixel; the
             latter two by timm on the batch.
@@ -76,6 +78,8 @@ class AugmentConfig:
     policy_ops: int = 2
     policy_magnitude: int = 9
     policy_std: float = 0.0
+    policy_prob: float = 1.0
+    policy_increasing: bool = True
     erase: float = 0.0
     erase_mode: Literal["const", "rand", "pixel"] = "const"
     erase_count: int = 1
@@ -87,7 +91,7 @@ class AugmentConfig:
     mixup_off_epoch: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("hflip", "vflip", "erase", "mixup_prob", "mixup_switch_prob"):
+        for name in ("hflip", "vflip", "erase", "policy_prob", "mixup_prob", "mixup_switch_prob"):
             check_fraction(f"data.augment.{name}", getattr(self, name))
         low, high = self.scale
         check(0 < low <= high <= 1, f"data.augment.scale = {self.scale} must satisfy 0 < low <= high <= 1")
@@ -184,11 +188,10 @@ class DataConfig:
         check(self.batch_size >= 1, f"data.batch_size = {self.batch_size} must be at least 1")
         for name in ("eval_batch_size", "input_size", "threads", "prefetch", "synthetic_classes", "cache_gb"):
             check_positive(f"data.{name}", getattr(self, name))
-        for name, used in (("policy = augmix", self.augment.policy == "augmix"), ("policy_std", self.augment.policy_std > 0)):
-            check(
-                not used or self.backend != "dali",
-                f"data.augment.{name} is timm's, and DALI has no such thing: set data.backend to torch, or leave it out",
-            )
+        check(
+            self.augment.policy != "augmix" or self.backend != "dali",
+            "data.augment.policy = augmix is timm's, and DALI has no such thing: set data.backend to torch, or leave it out",
+        )
         check(
             self.cache is None or "://" in self.root,
             f"data.cache = {self.cache} keeps copies of an object store's images, but data.root = {self.root} is a folder: "

@@ -41,10 +41,11 @@ def build_transform(spec: ImageSpec, augment: AugmentConfig | None) -> Callable[
     if augment is None:
         return create_transform(**shared)
     spread = f"-mstd{augment.policy_std:g}" if augment.policy_std else ""
+    how = f"-n{augment.policy_ops}-p{augment.policy_prob:f}-inc{int(augment.policy_increasing)}{spread}"
     policies = {
         "none": None,
         # timm's magnitudes are whole numbers up to 10, where DALI's go up to 30.
-        "randaugment": f"rand-m{round(augment.policy_magnitude / 3)}-n{augment.policy_ops}{spread}",
+        "randaugment": f"rand-m{round(augment.policy_magnitude / 3)}{how}",
         "augmix": f"augmix-m{round(augment.policy_magnitude / 3)}{spread}",
         "trivialaugment": "rand-n1-m15-mstd101",  # one operation, magnitude uniform: timm's form of TrivialAugment
         "autoaugment": "original",

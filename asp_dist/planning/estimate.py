@@ -171,6 +171,8 @@ def estimate_run(
     exchange = {n: network.all_reduce(exchanged, n, collectives) for n in {*WORKERS, workers}}
     if step is not None:
         plan.scaling = [scale(plan.schedule, step, n, exchange[n]) for n in WORKERS]
+    if other is not None or device.type == "cuda":
+        plan.warnings += build.advice_for_gpus(config, model, min(size), workers)
     if other is not None:
         plan.gpu = _on_another(plan, config, other, counted, network, exchange)
     return plan

@@ -8,8 +8,6 @@ compiled, counted on its meta device, which computes nothing.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from asp_dist.planning.gpus import Gpu, Shares
-from asp_dist.planning.step_time import StepTime
+from asp_dist.planning.step_time import StepTime, counting_saved
 
 LAUNCH_S = 8e-6  # of the host, for each kernel, forward or backward
 COUNTED = (2, 4)  # images; what a kernel does grows with them from a part that does not, its weights
@@ -182,27 +180,9 @@ def _kernels(model: nn.Module, images: int, size: tuple[int, int]) -> tuple[list
     model.zero_grad(set_to_none=True)
     batch = torch.empty(images, 3, *size, device="meta", dtype=next(model.parameters()).dtype)
     targets = torch.zeros(images, dtype=torch.long, device="meta")
-    with _counting_saved(model) as saved, _Counting() as counting, _FusedAttention(counting.kernels):
+    with counting_saved(model) as saved, _Counting() as counting, _FusedAttention(counting.kernels):
         nn.functional.cross_entropy(model(batch).float(), targets).backward()
     return counting.kernels, saved[0]
-
-
-@contextmanager
-def _counting_saved(model: nn.Module) -> Iterator[list[float]]:
-    """Counts the bytes that autograd keeps for backward, each tensor once, parameters left out."""
-    kept: list[Tensor] = []
-    seen = {id(p) for p in model.parameters()}
-    total = [0.0]
-
-    def pack(tensor: Tensor) -> Tensor:
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            kept.append(tensor)  # or another could get its number
-            total[0] += _size(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield total
 
 
 def step_on(gpu: Gpu, counted: Counted, images: int, shares: Shares, precision: str) -> StepTime:

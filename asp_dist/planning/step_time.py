@@ -70,15 +70,17 @@ class StepTime:
 
 
 @contextmanager
-def _counting_saved(model: nn.Module) -> Iterator[list[float]]:
-    """Counts the bytes that autograd keeps for backward, each storage once, parameters left out."""
-    seen = {p.untyped_storage().data_ptr() for p in model.parameters()}
+def counting_saved(model: nn.Module) -> Iterator[list[float]]:
+    """Counts the bytes that autograd keeps for backward, each storage once, parameters left out; on the meta device too."""
+    kept = [p.untyped_storage() for p in model.parameters()]  # kept, or another could get its number
+    seen = {storage._cdata for storage in kept}
     total = [0.0]
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in seen:
-            seen.add(storage.data_ptr())
+        if storage._cdata not in seen:
+            seen.add(storage._cdata)
+            kept.append(storage)
             total[0] += storage.nbytes()
         return tensor
 
@@ -105,7 +107,7 @@ def measure_step(
         if config.training.channels_last:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
         targets = torch.randint(classes, (images,), device=device)
-        with _counting_saved(model) as total, torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        with counting_saved(model) as total, torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             loss = nn.functional.cross_entropy(model(inputs).float(), targets)
         saved[images] = total[0]
         loss.backward()

@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import sys
 import time
+from pathlib import Path
 from typing import IO, Any, Literal
 
 from rich.console import Console as RichConsole
 from rich.console import Group
 from rich.live import Live
+from rich.padding import Padding
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
 from asp_dist.config import Config
+from asp_dist.pruning.names import LayerRow
+from asp_dist.tracking.layer_rows import is_pruned, read_layers
 from asp_dist.tracking.rows import kind_of
 from asp_dist.tracking.schema import (
     EVAL,
@@ -31,6 +35,7 @@ Style = Literal["auto", "live", "plain", "json", "quiet"]
 
 PLAIN_EVERY_S = 60.0
 NOTES = 4  # events shown on the live screen
+BAR = 24  # characters of a layer's bar
 WARNINGS = ("warning", "failure", "skipped_step", "tracking")
 
 
@@ -43,10 +48,19 @@ class Console:
         style: ``auto`` is ``live`` in a terminal and ``plain`` elsewhere; ``json`` prints each row on one line of the
             standard output; ``quiet`` prints nothing.
         file: where to write instead of the standard error (``live``, ``plain``) or output (``json``).
+        layers: show so many layers on the live screen, those with the most weights; 0: none.
+        folder: the run's folder, where the layers' latest numbers are read.
     """
 
     def __init__(
-        self, config: Config, total_steps: int | None = None, *, style: Style = "auto", file: IO[str] | None = None
+        self,
+        config: Config,
+        total_steps: int | None = None,
+        *,
+        style: Style = "auto",
+        file: IO[str] | None = None,
+        layers: int = 0,
+        folder: Path | None = None,
     ) -> None:
         self.config = config
         self.total_steps = total_steps
@@ -58,6 +72,8 @@ class Console:
         self._first: tuple[int, float] | None = None
         self._printed = 0.0
         self._live: Live | None = None
+        self._layers, self._folder = layers, folder
+        self._layer_rows: list[LayerRow] = []
 
     def update(self, row: dict[str, Any]) -> None:
         """Show a row. Rows of all kinds are welcome; unknown keys are ignored."""
@@ -72,6 +88,8 @@ class Console:
             self._first = (int(row["step"]), float(row.get("time", time.time())))
         if kind == EVENT:
             self._note(row)
+        if self.style == "live" and self._layers and self._folder:
+            self._layer_rows = [one for one in read_layers(self._folder) if is_pruned(one)]
         if self.style == "live":
             self._draw()
         elif kind == EVAL or (kind == TRAIN and time.monotonic() - self._printed >= PLAIN_EVERY_S):
@@ -130,18 +148,39 @@ class Console:
 
     def _draw(self) -> None:
         """Refresh the live screen."""
+        if self._live is None:
+            self._live = Live(self.screen(), console=self._rich, refresh_per_second=4, transient=False)
+            self._live.start()
+        self._live.update(self.screen())
+
+    def screen(self) -> Group:
+        """The live screen as it is now."""
         table = Table.grid(padding=(0, 3))
         shown = self._shown()
         table.add_row(*(Text(name, style="dim") for name in shown))
         table.add_row(*(Text(value, style="bold") for value in shown.values()))
         done, total = self._values.get("step", 0), self.total_steps
         bar = ProgressBar(total=total or 1, completed=min(done, total) if total else 0, width=min(72, self._rich.width))
+        line = Padding(bar, 0)  # a bar alone does not end its line
         title = Text.assemble((self.config.name, "bold cyan"), f"  {self.config.model.name}")
-        screen = Group(title, bar, table, *(Text(note, style="dim", overflow="ellipsis") for note in self._notes))
-        if self._live is None:
-            self._live = Live(screen, console=self._rich, refresh_per_second=4, transient=False)
-            self._live.start()
-        self._live.update(screen)
+        notes = (Text(note, style="dim", overflow="ellipsis") for note in self._notes)
+        return Group(title, line, table, *self._layer_table(), *notes)
+
+    def _layer_table(self) -> list[Table]:
+        """The largest layers, in the network's order: what is left of each, as a bar and a number."""
+        if not self._layer_rows:
+            return []
+        least = sorted((row["weights"] for row in self._layer_rows), reverse=True)[: self._layers][-1]
+        largest = [row for row in self._layer_rows if row["weights"] >= least][: self._layers]
+        table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+        for name in ("layer", "weights", "left", "sparsity", "threshold"):
+            table.add_column(name, justify="left" if name in ("layer", "left") else "right", no_wrap=True)
+        for row in largest:
+            sparsity = row["measured_sparsity"]
+            left = "" if sparsity is None else ProgressBar(total=1.0, completed=1.0 - sparsity, width=BAR)
+            threshold = "-" if row["threshold"] is None else f"{row['threshold']:.3f}"
+            table.add_row(Text(row["name"]), f"{row['weights']:,}", left, _percent(sparsity, 2), threshold)
+        return [table]
 
 
 def _percent(value: float | None, digits: int) -> str:

@@ -33,6 +33,8 @@ LOOKAHEAD = "lookahead_"  # prefix of an optimizer's name
 FUSED = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 # Images of each split by which the nodes' copies of a data set are compared.
 COMPARED = 32
+FEW_IMAGES = 32  # of a GPU at once: below, its kernels are too small to fill it
+LARGE_SIDE = 128  # of images, in pixels, from which a GPU's arithmetic is what takes the time
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -218,6 +220,25 @@ def build_loss(config: Config) -> nn.Module:
     if training.loss == "bce":
         return BinaryCrossEntropy(0.0 if mixed else training.label_smoothing, target_threshold=training.bce_threshold)
     return SoftTargetCrossEntropy() if mixed else nn.CrossEntropyLoss(label_smoothing=training.label_smoothing)
+
+
+def advice_for_gpus(config: Config, model: nn.Module, side: int, workers: int) -> list[str]:
+    """What would leave GPUs idle, or slow, in this run on images of `side` pixels; each with its remedy."""
+    training, advice = config.training, []
+    images = config.data.batch_size // (workers * training.accumulate)
+    if images < FEW_IMAGES:
+        less = "or a smaller training.accumulate" if training.accumulate > 1 else "with a larger optimizer.lr, or fewer workers"
+        advice.append(
+            f"each GPU gets {images} images at once, too few to keep it busy: a larger data.batch_size {less}, may help"
+        )
+    if side < LARGE_SIDE:
+        return advice
+    if training.precision == "float32":
+        advice.append("training.precision is float32: bfloat16 (or float16) is faster on GPUs with tensor cores")
+    convolutions = sum(isinstance(layer, nn.Conv2d) for layer in model.modules())
+    if not training.channels_last and convolutions > 1:  # a ViT has one
+        advice.append("training.channels_last is off: convolutions on GPUs are faster with it")
+    return advice
 
 
 def build_scaler(config: TrainingConfig, device: torch.device) -> torch.amp.GradScaler | None:

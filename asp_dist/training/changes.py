@@ -51,12 +51,12 @@ _ON_PIXELS = tuple(name for name in _OF_AUGMENT if "mix" not in name)
 _OF_PRUNING = tuple(f"pruning.{field.name}" for field in dataclasses.fields(PruningConfig) if field.name != "enabled")
 UNUSED = (
     Unused(
-        ("data.augment.policy_ops", "data.augment.policy_magnitude"),
+        ("data.augment.policy_ops", "data.augment.policy_prob", "data.augment.policy_increasing"),
         lambda config, workers: config.data.augment.policy != "randaugment",
         "they are RandAugment's, and data.augment.policy is another",
     ),
     Unused(
-        ("data.augment.policy_std",),
+        ("data.augment.policy_magnitude", "data.augment.policy_std"),
         lambda config, workers: config.data.augment.policy not in ("randaugment", "augmix"),
         "it is RandAugment's and AugMix's, and data.augment.policy is another",
     ),

@@ -16,13 +16,14 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from asp_dist.checkpoint.folder_lock import hold_folder
+from asp_dist.checkpoint.manager import Event
 from asp_dist.checkpoint.record import claim_run_dir, finished_summary, run_dir, store_config, with_absolute_paths
 from asp_dist.config import Config
 from asp_dist.files import allow_many_files
 from asp_dist.tracking import build_tracker
-from asp_dist.tracking.schema import LR, TRAIN
+from asp_dist.tracking.schema import LR, TRAIN, WARNING
 from asp_dist.training import checkpointing, health
-from asp_dist.training.build import DTYPES
+from asp_dist.training.build import DTYPES, advice_for_gpus
 from asp_dist.training.evaluation import evaluate_model
 from asp_dist.training.hooks import Hooks, Stopped
 from asp_dist.training.meter import of_gpu
@@ -79,6 +80,9 @@ def _train(config: Config, world: World, hooks: Hooks) -> dict[str, Any]:
         world.on_main(lambda: store_config(config))
         run.tracker = build_tracker(config, run.folder, rank=world.rank, resume_step=run.step)
         checkpointing.log_events(run, resumed.events)
+        if world.device.type == "cuda" and run.step == 0:
+            advice = advice_for_gpus(config, run.model, min(run.input_size[1:]), world.world_size)
+            checkpointing.log_events(run, [Event(WARNING, text) for text in advice])
         if resumed.elsewhere:
             checkpointing.save(run, best=resumed.best)
         try:

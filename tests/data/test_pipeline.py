@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.data.auto_augment import AugmentOp
 
 from asp_dist.config import AugmentConfig, DaliConfig, DataConfig
 from asp_dist.data.dali.pipeline import Placement, train_pipeline, val_pipeline
+from asp_dist.data.dali.policies import magnitudes, randaugment_step
 from asp_dist.data.dali.readers import Reader, on_network
 from asp_dist.data.dali.resize import TorchResize
 from asp_dist.data.images import ImageSpec
@@ -54,9 +57,10 @@ def run(pipeline: Any) -> torch.Tensor:
     return torch.from_numpy(np.array(images.as_tensor()))
 
 
-def train_batch(reader: Reader, augment: AugmentConfig, seed: int = 1, **spec: Any) -> torch.Tensor:
+def train_batch(reader: Reader, augment: AugmentConfig, seed: int = 1, batch_size: int = 16, **spec: Any) -> torch.Tensor:
     wanted = ImageSpec(**{"size": (64, 64), **spec})
-    return run(train_pipeline(reader, wanted, augment, Placement(), batch_size=16, num_threads=1, device_id=None, seed=seed))
+    arguments: dict[str, Any] = {"batch_size": batch_size, "num_threads": 1, "device_id": None, "seed": seed}
+    return run(train_pipeline(reader, wanted, augment, Placement(), **arguments))
 
 
 @pytest.mark.parametrize(("policy", "interpolation"), list(zip(POLICIES, ["nearest", "bilinear", "bicubic", "lanczos"])))
@@ -199,10 +203,59 @@ def test_timms_policies_run_at_every_magnitude(policy: Any) -> None:
 
 
 def test_what_dali_has_not_is_refused() -> None:
-    for augment in (AugmentConfig(policy="augmix"), AugmentConfig(policy="randaugment", policy_std=0.5)):
-        with pytest.raises(UserError, match=r"DALI has no such thing: set data\.backend to torch"):
-            DataConfig(augment=augment)
-        assert DataConfig(augment=augment, backend="torch").augment == augment
+    augment = AugmentConfig(policy="augmix")
+    with pytest.raises(UserError, match=r"DALI has no such thing: set data\.backend to torch"):
+        DataConfig(augment=augment)
+    assert DataConfig(augment=augment, backend="torch").augment == augment
+
+
+@pytest.mark.parametrize(("mean", "std"), [(27, 0.5), (15, 0.5), (9, 1.0), (30, 0.5), (27, 0.0), (27, 101.0)])
+def test_randaugments_magnitudes_are_timms(mean: int, std: float) -> None:
+    """Against timm's own operation, which tells the magnitude that it drew."""
+    drawn: list[float] = []
+
+    def note(level: float, _: Any) -> tuple[float]:
+        drawn.append(level)
+        return (0.0,)
+
+    spread = std if std <= 100 else math.inf
+    operation = AugmentOp("Rotate", prob=1.0, magnitude=mean / 3, hparams={"magnitude_std": spread})
+    operation.level_fn = note
+    image = Image.new("RGB", (4, 4))
+    random.seed(0)
+    for _ in range(20000):
+        operation(image)
+    mine = np.array(magnitudes(mean, std)) / 3
+    assert abs(mine.mean() - np.mean(drawn)) < 0.06
+    assert abs(mine.std() - np.std(drawn)) < 0.06
+    assert mine.min() >= min(drawn) - 0.35 and mine.max() <= max(drawn) + 0.35
+
+
+def test_randaugment_applies_an_operation_with_its_probability(square: Reader) -> None:
+    still = AugmentConfig(scale=(1.0, 1.0), ratio=(1.0, 1.0), hflip=0.0, policy="randaugment", policy_ops=1)
+    plain = train_batch(square, dataclasses.replace(still, policy="none"))
+    assert torch.equal(plain, train_batch(square, dataclasses.replace(still, policy_prob=0.0)))
+    for increasing in (False, True):
+        changed = {}
+        for probability in (0.3, 1.0):
+            augment = dataclasses.replace(still, policy_prob=probability, policy_std=0.5, policy_increasing=increasing)
+            batch = train_batch(square, augment, batch_size=192)  # each of the 16 images 12 times
+            changed[probability] = ((batch - plain.repeat(12, 1, 1, 1)).flatten(1).abs().amax(1) > 1e-4).float()
+        shares = {probability: float(which.mean()) for probability, which in changed.items()}
+        error = (0.3 * 0.7 / len(changed[0.3])) ** 0.5
+        assert (
+            0.75 < shares[1.0] < 1.0
+        )  # one of the fourteen operations is the identity, and some images have nothing to equalize
+        assert abs(shares[0.3] - 0.3 * shares[1.0]) < 4 * error
+
+
+def test_a_translation_stays_within_its_share_of_the_image() -> None:
+    """DALI's own limit is 100 pixels, whatever the image's size."""
+    for size in ((32, 32), (224, 160)):
+        policy = randaugment_step(AugmentConfig(), size)
+        limits = {str(name): augmentation.mag_range for name, augmentation in policy.augmentations.items()}
+        moves = {name: limit for name, limit in limits.items() if "translate" in name}
+        assert moves == {"translate_x": (0, round(0.45 * size[1])), "translate_y": (0, round(0.45 * size[0]))}
 
 
 def test_images_resized_by_threads_stay_in_their_places() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -17,6 +18,8 @@ from asp_dist.planning.estimate import OtherMachine, estimate_run
 from asp_dist.planning.gpus import Shares, find_gpu, read_gpus
 from asp_dist.planning.plan_text import print_plan
 from asp_dist.planning.roofline import count_step
+from asp_dist.planning.step_time import counting_saved
+from asp_dist.training.build import advice_for_gpus
 
 # Images per second of training in mixed precision on one GPU, images per batch, side. RTX 3090: timm's
 # results/benchmark-train-amp-nhwc-pt112-cu113-rtx3090.csv. A100: NVIDIA DeepLearningExamples, PyTorch ConvNets,
@@ -67,11 +70,11 @@ def test_attention_is_one_kernel_each_way_and_the_network_stays_as_it_is() -> No
     assert model.training and all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def recipe(**training: object) -> Config:
+def recipe(**training: Any) -> Config:
     return Config(
         model=ModelConfig(name="resnet18"),
         data=DataConfig(root="/nowhere/imagenet", batch_size=1024),
-        training=TrainingConfig(precision="bfloat16", **training),  # type: ignore[arg-type]
+        training=TrainingConfig(**{"precision": "bfloat16", **training}),
         cluster=ClusterConfig(num_workers=8),
     )
 
@@ -112,6 +115,35 @@ def test_what_does_not_fit_the_card_and_what_it_cannot_do_are_warnings() -> None
     assert any("does not compute in bfloat16" in text for text in plan.warnings)
     big = estimate_run(Config(model=ModelConfig(name="resnet50"), data=recipe().data), other=OtherMachine(find_gpu("L4")))
     assert any("do not fit the 24 GB of L4" in text for text in big.warnings)  # 512 images each, in float32
+
+
+def test_what_would_leave_a_gpu_idle_is_a_warning() -> None:
+    def advice(name: str, side: int, workers: int, **training: Any) -> list[str]:
+        return advice_for_gpus(recipe(**training), timm.create_model(name), side, workers)
+
+    images = recipe().data.batch_size
+    assert advice("resnet50", 224, images // 32, channels_last=True) == []
+    (few,) = advice("resnet50", 224, images // 16, channels_last=True)
+    assert "each GPU gets 16 images" in few
+    slow = advice("resnet50", 224, images // 32, precision="float32")
+    assert len(slow) == 2 and "bfloat16" in slow[0] and "channels_last" in slow[1]
+    assert advice("resnet50", 32, images // 32, precision="float32") == []  # small images: the arithmetic is not what counts
+    assert advice("deit_small_patch16_224", 224, images // 32) == []  # its one convolution gains nothing
+    plan = estimate_run(recipe(), other=OtherMachine(find_gpu("A100")))
+    assert any("channels_last" in text for text in plan.warnings) == (not recipe().training.channels_last)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "convnext_atto", "mobilenetv3_small_100"])
+def test_what_autograd_keeps_is_the_same_on_the_meta_device(name: str) -> None:
+    """Views share their storage there too; the CPU's own kernels save a few buffers more, or fewer."""
+    model = timm.create_model(name)
+    kept = {}
+    for device in ("cpu", "meta"):
+        model.to(device)
+        with counting_saved(model) as total:
+            model(torch.zeros(2, 3, 224, 224, device=device)).sum()
+        kept[device] = total[0]
+    assert kept["meta"] == pytest.approx(kept["cpu"], rel=0.02)
 
 
 def test_a_layer_that_the_budget_would_empty_is_named() -> None:

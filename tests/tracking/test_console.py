@@ -54,8 +54,28 @@ def test_json_prints_each_row_and_quiet_nothing() -> None:
     assert shown("quiet", rows()) == ""
 
 
+def test_live_screen_shows_the_largest_layers_on_request(tmp_path: Path) -> None:
+    layers: list[dict[str, Any]] = [
+        {"name": name, "weights": weights, "measured_sparsity": sparsity, "threshold": 0.5, "pruned": name != "fc"}
+        for name, weights, sparsity in (("stem", 100, 0.1), ("wide", 9000, 0.95), ("body", 5000, 0.5), ("fc", 9999, None))
+    ]
+    (tmp_path / "layers.json").write_text(json.dumps(layers))
+    out = io.StringIO()
+    with Console(Config(), 800, style="live", file=out, layers=2, folder=tmp_path) as console:
+        console.update(rows()[0])
+        layers[1]["measured_sparsity"] = 0.97
+        (tmp_path / "layers.json").write_text(json.dumps(layers))
+        console.update(rows()[1])
+    text = out.getvalue()
+    assert "wide" in text and "97.00%" in text and text.index("wide") < text.index("body")
+    assert "stem" not in text and "fc" not in text
+    assert "wide" not in shown("live", rows())
+
+
 def test_live_screen_shows_the_last_state() -> None:
     text = shown("live", rows())
+    header = next(line for line in text.splitlines() if "images/s" in line)
+    assert "━" not in header and header.index("epoch") < 10  # the bar has a line of its own
     for part in ("400/800", "90.00% of 90.00%", "1,234", "40 s", "warning: [x] careful"):
         assert part in text
 

@@ -79,6 +79,8 @@ TABLE: list[tuple[str, Any, str, str]] = [  # field, value, base, effect or the 
     ("data.augment.color_jitter", 0.5, "digits", EFFECT),
     ("data.augment.policy", "trivialaugment", "policy", EFFECT),
     ("data.augment.policy_ops", 4, "policy", EFFECT),
+    ("data.augment.policy_prob", 0.5, "policy", EFFECT),
+    ("data.augment.policy_increasing", False, "policy", EFFECT),
     ("data.augment.policy_magnitude", 30, "policy", EFFECT),
     ("data.augment.policy_ops", 4, "digits", "they are RandAugment's"),
     ("data.synthetic_classes", 5, "digits", "the data set says so itself"),

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
 from nvidia.dali import fn, math, pipeline_def, types
-from nvidia.dali.auto_aug import auto_augment, rand_augment, trivial_augment
 
 from asp_dist.config import AugmentConfig, DaliConfig
+from asp_dist.data.dali.policies import apply_policy
 from asp_dist.data.dali.readers import Reader
 from asp_dist.data.dali.resize import MODES, torch_resize
 from asp_dist.data.images import ImageSpec, erases_batches
@@ -67,8 +66,8 @@ def checked(encoded: Any) -> tuple[Any, Any]:
     return fn.reshape(encoded, rel_shape=fn.cast(shape[0:1] * 0 + 1, dtype=types.FLOAT)), shape
 
 
-def augment_colors(images: Any, augment: AugmentConfig) -> Any:
-    """Colour jitter, then the automatic policy, on uint8 images [H, W, 3]."""
+def augment_colors(images: Any, augment: AugmentConfig, size: tuple[int, int]) -> Any:
+    """Color jitter, then the automatic policy, on uint8 images [H, W, 3] of `size`."""
     if augment.color_jitter > 0:
         low, high = max(0.0, 1 - augment.color_jitter), 1 + augment.color_jitter
         images = fn.color_twist(
@@ -77,15 +76,7 @@ def augment_colors(images: Any, augment: AugmentConfig) -> Any:
             contrast=fn.random.uniform(range=(low, high)),
             saturation=fn.random.uniform(range=(low, high)),
         )
-    # DALI's own policies use deprecated names of DALI's operators, and DALI resets the filters before it warns.
-    with warnings.catch_warnings(record=True):
-        if augment.policy == "randaugment":
-            images = rand_augment.rand_augment(images, n=augment.policy_ops, m=augment.policy_magnitude)
-        elif augment.policy == "trivialaugment":
-            images = trivial_augment.trivial_augment_wide(images)
-        elif augment.policy == "autoaugment":
-            images = auto_augment.auto_augment(images)
-    return images
+    return apply_policy(images, augment, size)
 
 
 def padded_crop(images: Any, size: tuple[int, int], pad: int) -> Any:
@@ -154,7 +145,7 @@ def train_images(encoded: Any, spec: ImageSpec, augment: AugmentConfig, place: P
         images = fn.resize(images, size=spec.size, interp_type=INTERPOLATION[spec.interpolation], antialias=True)
     if augment.pad:
         images = padded_crop(images, spec.size, augment.pad)
-    images = augment_colors(images, augment)
+    images = augment_colors(images, augment, spec.size)
     images = erase(images, augment, spec)
     if augment.vflip > 0:
         images = fn.flip(images, horizontal=0, vertical=fn.random.coin_flip(probability=augment.vflip))
