@@ -7,7 +7,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/env.sh
 source launch/env.sh
-make_env test,export,dashboard,trackers
+make_env test,export,mnn,dashboard,trackers
 export PATH="$PWD/.venv/bin:$PATH"
 
 if [[ ${1:-} == --fast ]]; then

@@ -178,7 +178,7 @@ def test_hyphens_and_underscores_are_both_accepted(option: str) -> None:
 def test_the_benches_are_a_group_with_options_of_their_own(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--steps 3" in refusal(capsys, "bench", "data", "data/digits", "--steps", "3")
     assert "bench.data.data" in refusal(capsys, "bench", "data")
-    assert "{overhead,data,saving,tracking}" in refusal(capsys, "bench")
+    assert "{overhead,data,deploy,saving,tracking}" in refusal(capsys, "bench")
 
 
 @pytest.mark.parametrize(

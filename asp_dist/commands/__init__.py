@@ -127,8 +127,11 @@ COMMANDS: dict[str, Command] = {
         examples=(("verify data/imagenet --manifest data/clean", "and leave them out"),),
     ),
     "bench": Command(
-        "Measure what pruning, loading, saving and tracking cost.",
+        "Measure what pruning, loading, saving and tracking cost, and what a pruned network gains.",
         group=bench.GROUP,
-        examples=(("bench overhead --model resnet50", "of pruning, against dense training"),),
+        examples=(
+            ("bench overhead --model resnet50", "of pruning, against dense training"),
+            ("bench deploy runs/quickstart", "a pruned network and its dense twin, in each runtime"),
+        ),
     ),
 }

@@ -87,6 +87,28 @@ def extra(what: str, *, json: bool, **options: Any) -> int:
     return _show(bench_extra(what, **options), print_extra, json)
 
 
+def add_deploy_arguments(parser: ArgumentParser) -> None:
+    """Options of ``bench deploy``."""
+    parser.add_argument("run_dir", type=str, help="folder of a finished run, such as runs/quickstart.")
+    parser.add_argument("--input-size", type=int, nargs="+", default=[], help="image sides in pixels; default: the run's.")
+    parser.add_argument("--threads", type=int, default=1, help="threads of each runtime.")
+    parser.add_argument("--batch-size", type=int, default=1, help="images per call.")
+    parser.add_argument("--rounds", type=int, default=30, help="timed calls of each.")
+    parser.add_argument("--json", action="store_true", help="print the numbers as JSON.")
+
+
+def deploy(run_dir: str, *, json: bool, input_size: list[int], **options: Any) -> int:
+    """A run's network, dense and pruned, in every runtime that is installed."""
+    from pathlib import Path
+
+    from asp_dist.bench.deploy import bench_deploy, print_deploy
+    from asp_dist.report import try_report
+
+    result = bench_deploy(Path(run_dir), input_sizes=input_size, **options)
+    try_report(Path(run_dir))
+    return _show(result, print_deploy, json)
+
+
 def _show(result: dict[str, Any], show: Callable[[dict[str, Any]], None], as_json: bool) -> int:
     if as_json:
         print(json_.dumps(result))
@@ -98,6 +120,7 @@ def _show(result: dict[str, Any], show: Callable[[dict[str, Any]], None], as_jso
 GROUP = {
     "overhead": Command("Overhead of pruning relative to dense training.", add_overhead_arguments, overhead),
     "data": Command("Speed of the loaders relative to bare DALI and to torchvision.", add_data_arguments, data),
+    "deploy": Command("Speed of a pruned network, and of its dense twin, where it will run.", add_deploy_arguments, deploy),
     "saving": Command("Overhead of saving checkpoints.", add_extra_arguments, partial(extra, "saving")),
     "tracking": Command("Overhead of tracking a run.", add_extra_arguments, partial(extra, "tracking")),
 }

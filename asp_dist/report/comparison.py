@@ -14,7 +14,7 @@ from rich.table import Table
 from asp_dist.errors import UserError
 from asp_dist.report.curves import pareto
 from asp_dist.report.fronts import HEADER, settings, settings_table
-from asp_dist.tracking.schema import CONFIG_FILE, SUMMARY_FILE
+from asp_dist.tracking.schema import CONFIG_FILE, DEPLOY_FILE, SUMMARY_FILE
 
 # Key of the summary, heading, format.
 SHOWN = (
@@ -26,6 +26,7 @@ SHOWN = (
     ("nonzero_weights", "weights left", ",d"),
     ("macs_density", "multiply-adds left", ".2%"),
     ("epochs", "epochs", "d"),
+    ("deploy_gain", "speed-up", ".2f"),
     ("world_size", "workers", "d"),
     ("images_per_second", "images/s", ",.0f"),
 )
@@ -44,9 +45,24 @@ def read_summary(run_dir: Path) -> dict[str, Any]:
         raise UserError(f"{run_dir} is not a finished run: {path} is missing") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
+    sizes = read_deploy(run_dir).get("sizes")
+    if sizes:
+        summary["deploy_gain"] = sizes[0]["gain"]
     if summary.get("macs") and summary.get("dense_macs"):
         summary["macs_density"] = summary["macs"] / summary["dense_macs"]
     return summary
+
+
+def read_deploy(run_dir: Path) -> dict[str, Any]:
+    """What ``asp-dist bench deploy`` measured last of the run; empty if nothing."""
+    path = run_dir / DEPLOY_FILE
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}; asp-dist bench deploy writes it anew") from error
+    return found
 
 
 def runs_among(run_dirs: Sequence[Path], file: str) -> Sequence[Path]:

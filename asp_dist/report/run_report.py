@@ -14,7 +14,7 @@ from typing import Any
 from asp_dist.errors import UserError
 from asp_dist.pruning.names import LayerRow
 from asp_dist.report import curves, fronts, plots
-from asp_dist.report.comparison import runs_among
+from asp_dist.report.comparison import read_deploy, runs_among
 from asp_dist.report.histograms import BINS, RANGE, Histogram, histograms
 from asp_dist.report.page import Page
 from asp_dist.report.plots import color
@@ -52,6 +52,7 @@ class RunRecord:
     summary: dict[str, Any] = field(default_factory=dict)
     config: str = ""
     histograms: list[Histogram] = field(default_factory=list)
+    deploy: dict[str, Any] = field(default_factory=dict)
 
     def of(self, kind: str) -> list[Row]:
         """The rows of one kind."""
@@ -87,6 +88,7 @@ def load_run(run_dir: Path) -> RunRecord:
         summary=json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else {},
         config=config.read_text(encoding="utf-8") if config.exists() else "",
         histograms=histograms(run_dir),
+        deploy=read_deploy(run_dir),
     )
 
 
@@ -139,6 +141,7 @@ def build_page(runs: list[RunRecord]) -> Page:
         _fronts(page, runs)
     _training(page, runs)
     _layers(page, runs)
+    _deployment(page, runs)
     _running(page, runs)
     return page
 
@@ -293,6 +296,24 @@ def layer_table(rows: list[LayerRow]) -> tuple[list[str], list[list[str]]]:
         dense = number(row.get("dense_gain"), "+.2%")
         table.append([row["name"], row.get("type", ""), shape, *counts, *state, *shares, error, row.get("reason", ""), dense])
     return list(LAYER_HEADER), table
+
+
+def _deployment(page: Page, runs: list[RunRecord]) -> None:
+    """What ``asp-dist bench deploy`` measured of the runs, if anything."""
+    measured = [run for run in runs if run.deploy]
+    if measured:
+        page.section("Deployment")
+    for run in measured:
+        found, several = run.deploy, len(runs) > 1
+        how = f"{found['machine']}, {found['threads']} thread(s), batch {found['batch_size']}"
+        page.note((f"{run.name}: " if several else "") + f"{how}. " + "; ".join(at["verdict"] for at in found["sizes"]) + ".")
+        cells = []
+        for at in found["sizes"]:
+            for row in sorted(at["rows"], key=lambda row: row["median"]):
+                size = "" if row["size"] is None else f"{row['size'] / 1e6:.2f}"
+                times = [f"{row[key] * 1e3:.2f}" for key in ("median", "fastest", "slowest")]
+                cells.append(["×".join(map(str, at["input"][1:])), row["runtime"], row["network"], *times, size])
+        page.table(["image", "runtime", "network", "ms", "fastest", "slowest", "file, MB"], cells, text_columns=(1, 2))
 
 
 def _running(page: Page, runs: list[RunRecord]) -> None:

@@ -25,6 +25,7 @@ __all__ = [
     "CONFIG_FILE",
     "COST_SPARSITY",
     "DATA_TIME",
+    "DEPLOY_FILE",
     "EVAL",
     "EVENT",
     "FASTEST_TIME",
@@ -71,6 +72,7 @@ __all__ = [
 
 # Files of a run's folder
 CONFIG_FILE: Final = "config.yaml"
+DEPLOY_FILE: Final = "deploy.json"
 IDENTITY_FILE: Final = "run.json"
 LAYERS_FILE: Final = "layers.json"
 LAYERS_HISTORY_FILE: Final = "layers.jsonl"
