@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from asp_dist.errors import check, check_address, check_fraction, check_positive
-from asp_dist.pruning import Budget, Control, Hard, Operator, Power, Ramp, Select, Soft, SparsityLoss, Track
+from asp_dist.pruning import Budget, Control, Hard, Operator, Pattern, Power, Ramp, Select, Soft, SparsityLoss, Track
 
 AutoAugment = Literal["none", "randaugment", "trivialaugment", "autoaugment", "augmix"]
 Backend = Literal["dali", "torch", "synthetic"]
@@ -367,6 +367,7 @@ class PruningConfig:
         track: options of ``control: track``.
         ramp: the target over the training; its total_steps follow from the schedule.
         select: which layers are pruned.
+        pattern: which weights share a mask: none, or blocks of output channels, which sparse kernels on CPUs gain from.
         operator: what the kept weights become: ``hard`` (published), ``soft`` or ``power`` (Feather, arXiv 2310.02448).
         power: options of ``operator: power``.
         min_density: smallest density of each layer.
@@ -381,6 +382,7 @@ class PruningConfig:
     track: Track = Track()
     ramp: Ramp = Ramp(freeze_at=0.75)
     select: Select = Select()
+    pattern: Pattern = Pattern()
     operator: Literal["hard", "soft", "power"] = "hard"
     power: Power = Power()
     min_density: float = 0.001

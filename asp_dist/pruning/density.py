@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -78,6 +79,7 @@ class DensityModel:
     Args:
         numel: float64 [L], weights of each layer.
         corrected: False leaves the Gaussian estimate as published.
+        nearby_at: the thresholds of the second count, from those of the first; None: `NEARBY` times as high.
 
     Attributes:
         STATE: the attributes that `observe` changes besides `fresh`.
@@ -87,8 +89,9 @@ class DensityModel:
 
     STATE: ClassVar = ("steepness", "shift", "anchor", "kept", "nearby", "largest")
 
-    def __init__(self, numel: Tensor, *, corrected: bool) -> None:
+    def __init__(self, numel: Tensor, *, corrected: bool, nearby_at: Callable[[Tensor], Tensor] | None = None) -> None:
         self.corrected = corrected
+        self.nearby_at = nearby_at or (lambda thresholds: NEARBY * thresholds)
         self.numel = numel
         self.steepness = torch.ones_like(numel)
         self.shift = torch.zeros_like(numel)
@@ -109,7 +112,7 @@ class DensityModel:
         # A count says no more than that the density lies half a weight inside of 0 and 1.
         half = 0.5 / self.numel
         level, next_level = (self._logit(d.clamp(half, 1.0 - half)) for d in (kept, nearby))
-        here, further = (self._logit(gaussian_density(t)) for t in (thresholds, NEARBY * thresholds))
+        here, further = (self._logit(gaussian_density(t)) for t in (thresholds, self.nearby_at(thresholds)))
         # Equal counts say nothing about the slope; an old steep one would pin the layer.
         known = (nearby < kept) & (kept < 1.0)
         secant = (next_level - level) / (further - here).clamp(max=-1e-12)
@@ -135,7 +138,7 @@ class DensityModel:
         No threshold reaches the largest weight, so no layer is ever emptied.
         """
         edge = self.largest.clamp(max=MAX_THRESHOLD)
-        gap, next_gap = edge - self.anchor, edge - NEARBY * self.anchor
+        gap, next_gap = edge - self.anchor, edge - self.nearby_at(self.anchor)
         kept, nearby = self.kept.clamp_min(0.5 / self.numel), self.nearby
         known = (nearby > 0) & (nearby < kept) & (next_gap > 0)
         shrinking = torch.log(gap / next_gap.clamp_min(TINY)).clamp_min(1e-12)

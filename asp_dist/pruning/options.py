@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABCMeta, abstractmethod
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Literal, Self
 
 TYPE_CHECKING = False  # jsonargparse executes the block below typing's own constant, and would import torch
@@ -183,6 +184,38 @@ class Select:
             if isinstance(globs, str):
                 raise ValueError(f"{field} = {globs!r} must be a sequence of globs, not one string")
             object.__setattr__(self, field, tuple(globs))
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Which weights share a mask. One at a time by default, as published; blocks are what sparse kernels on CPUs gain from.
+
+    Args:
+        block: output channels, neighbors, that are kept or pruned together at each place of the other dimensions; a group is
+            pruned where the root mean square of its weights is at most b. A layer whose output channels are no multiple of
+            it is pruned weight by weight, and a warning names it.
+        include: globs on the names of the layers that are meant; empty: all.
+        exclude: globs on the names of layers that are pruned weight by weight.
+    """
+
+    block: int = 1
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.block < 1:
+            raise ValueError(f"block = {self.block} must be at least 1")
+        for field in ("include", "exclude"):
+            globs = getattr(self, field)
+            if isinstance(globs, str):
+                raise ValueError(f"{field} = {globs!r} must be a sequence of globs, not one string")
+            object.__setattr__(self, field, tuple(globs))
+
+    def means(self, name: str) -> bool:
+        """Whether the layer of that name is one of those that are meant."""
+        if any(fnmatchcase(name, glob) for glob in self.exclude):
+            return False
+        return not self.include or any(fnmatchcase(name, glob) for glob in self.include)
 
 
 # Near the smallest number that float32 has with all its digits.

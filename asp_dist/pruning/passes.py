@@ -18,8 +18,10 @@ from asp_dist.pruning.weights import (
     largest,
     moments,
     pruned_dot,
+    pruned_dot_of_blocks,
     scale_pruned_gradient_,
     write_pruned,
+    write_pruned_blocks,
 )
 
 # A count is a pass over the weights. So each step counts layers of this many weights, or this share of all, in turn.
@@ -102,7 +104,10 @@ class HostPasses:
             gradient = layer.flat_gradient()
             if gradient is not None:
                 pruned = layer.flat_pruned()
-                products[index] = pruned_dot(gradient, layer.flat_dense(), pruned, bounds[index], self.operator)
+                if layer.block > 1 and not self.operator.keeps_values:
+                    products[index] = pruned_dot_of_blocks(gradient, layer, bounds[index])
+                else:
+                    products[index] = pruned_dot(gradient, layer.flat_dense(), pruned, bounds[index], self.operator)
                 scale_pruned_gradient_(layer.gradient(), layer.pruned, scale)
         for index, product in products.items():
             self._products[index] = product if grad_scale is None else product / grad_scale.to(product.device)
@@ -138,7 +143,10 @@ class HostPasses:
         for index in indices:
             layer = self.layers[index]
             mean = 0.0 if centers is None else centers[index]
-            write_pruned(self.operator, layer.flat_dense(), mean, bounds[index], layer.flat_pruned())
+            if layer.block > 1:
+                write_pruned_blocks(self.operator, layer, mean, bounds[index])
+            else:
+                write_pruned(self.operator, layer.flat_dense(), mean, bounds[index], layer.flat_pruned())
 
     def mask_gradients(self, indices: Sequence[int]) -> None:
         """Zero the gradients of the weights that a frozen mask has removed."""
@@ -177,8 +185,9 @@ class HostPasses:
         column = torch.zeros_like(self._counts[:, 0])
         column[0] = count_above(layer.flat_pruned(), 0.0)
         if self.nearby:
-            column[1] = count_above(layer.flat_dense(), NEARBY * threshold)
-            column[2 + layer.shard] = largest(layer.flat_dense())
+            compared = layer.flat_dense() if layer.block == 1 else layer.magnitudes()
+            column[1] = layer.block * count_above(compared, NEARBY * threshold)
+            column[2 + layer.shard] = largest(compared)
         return column
 
     def state_dict(self) -> dict[str, Any]:

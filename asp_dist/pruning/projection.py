@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 
@@ -20,6 +21,8 @@ MAX_PENALTY = 20.0
 class SortedMagnitudes:
     """|w| of every layer, sorted, so that counting the weights above a threshold takes no pass over them.
 
+    Where weights share a mask, a block counts as one, and its norm is compared.
+
     Needs memory for one sorted copy of the prunable weights.
 
     Args:
@@ -32,8 +35,9 @@ class SortedMagnitudes:
         self.reducer = reducer
         # float64 counts of float32 magnitudes are exact; half-precision weights are widened.
         self.wide = torch.float64 if any(layer.dense.dtype == torch.float64 for layer in layers) else torch.float32
-        self.sorted = [layer.flat_dense().abs().to(self.wide).sort().values for layer in layers]
-        self.numel = torch.tensor([float(layer.info.numel) for layer in layers], dtype=torch.float64)
+        self.sorted = [layer.magnitudes().to(self.wide).sort().values for layer in layers]
+        self.blocks = torch.tensor([float(layer.block) for layer in layers], dtype=torch.float64)
+        self.numel = torch.tensor([float(layer.info.numel) for layer in layers], dtype=torch.float64) / self.blocks
 
     def counts(self, thresholds: Tensor, *, strictly: bool = False) -> Tensor:
         """Number of weights with |w| >= threshold (or > threshold) of each layer over all ranks, float64 [L] on the CPU."""
@@ -82,10 +86,11 @@ def keep_counts(magnitudes: SortedMagnitudes, thresholds: Tensor, budgets: Seque
         floors: least number of weights of each layer, float64 [L].
 
     Returns:
-        float64 [L] of integers.
+        float64 [L] of integers; where weights share a mask, of blocks.
     """
     numel = magnitudes.numel
-    floors = floors.clamp(min=1.0).minimum(numel)
+    budgets = [dataclasses.replace(budget, per_weight=budget.per_weight * magnitudes.blocks) for budget in budgets]
+    floors = (floors / magnitudes.blocks).ceil().clamp(min=1.0).minimum(numel)
     ceilings = numel.clone()
     for budget in budgets:
         if budget.scope == "layer":
@@ -160,13 +165,13 @@ def keep_masks(magnitudes: SortedMagnitudes, kept: Tensor) -> list[Tensor]:
     above = magnitudes.counts(threshold, strictly=True)
     masks = []
     for index, layer in enumerate(magnitudes.layers):
-        values = layer.flat_dense().abs().to(magnitudes.wide)
+        values = layer.magnitudes().to(magnitudes.wide)
         last = threshold[index].to(values)
         tie = values == last
         wanted = int(kept[index] - above[index]) - _ties_before(layer, tie)
         mask = values > last
         mask[tie.nonzero().flatten()[: max(wanted, 0)]] = True
-        masks.append(mask)
+        masks.append(layer.spread(mask))
     return masks
 
 

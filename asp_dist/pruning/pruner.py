@@ -19,13 +19,14 @@ from torch.optim import Optimizer
 from asp_dist.pruning import projection
 from asp_dist.pruning.budget import check_floors, network_costs, resolve_budget
 from asp_dist.pruning.control.controller import Controller, Problem, RampPosition, StepInputs, move, observe
-from asp_dist.pruning.density import TINY, DensityModel, weight_threshold
+from asp_dist.pruning.density import MAX_THRESHOLD, NEARBY, TINY, DensityModel, weight_threshold
 from asp_dist.pruning.kernels.device_control import DeviceControl
 from asp_dist.pruning.kernels.device_passes import CARRIED, DevicePasses, fits, works
-from asp_dist.pruning.layers import find_weights, optimizer_groups, unwrapped
+from asp_dist.pruning.layers import WeightInfo, find_weights, optimizer_groups, unwrapped
 from asp_dist.pruning.macs import macs_per_weight
-from asp_dist.pruning.options import Budget, Control, Hard, Operator, Ramp, Select, SparsityLoss
+from asp_dist.pruning.options import Budget, Control, Hard, Operator, Pattern, Ramp, Select, SparsityLoss
 from asp_dist.pruning.passes import HostPasses, means_are_chance
+from asp_dist.pruning.patterns import GroupScale
 from asp_dist.pruning.snapshot import Snapshot
 from asp_dist.pruning.weights import LayerWeights, RankReducer, checksum, local, swap_in_dense, swap_out_dense
 
@@ -56,6 +57,9 @@ class Pruner:
         control: what moves the thresholds: `SparsityLoss`, `Track`, or a control of your own.
         ramp: the target over the run, and when the mask is frozen.
         select: which layers are pruned.
+        pattern: which weights share a mask; by default none do. Blocks make whole numbers of blocks of the budget, are pruned
+            layer by layer on a GPU too, which is slower there, and count as kept or pruned by the norm of their weights: r is
+            then the threshold of single weights that keeps as many.
         operator: what the kept weights become: `Hard` (published), `Soft`, `Power`, or an operator of your own.
         min_density: smallest density of each layer, in [0, 1]; a layer keeps at least one weight.
         center: subtract each layer's mean from its dense weights after every step; None: as the control does by default, if
@@ -87,6 +91,7 @@ class Pruner:
         control: Control = SparsityLoss(),
         ramp: Ramp = Ramp(),
         select: Select = Select(),
+        pattern: Pattern = Pattern(),
         operator: Operator = Hard(),
         min_density: float = 0.001,
         center: bool | None = None,
@@ -116,12 +121,18 @@ class Pruner:
         budgets = (budget,) if isinstance(budget, Budget) else budget
         self.budgets = tuple(resolve_budget(one, self.costs) for one in budgets)
         self.numel = torch.tensor(self.costs.numel, dtype=torch.float64)
-        self.floors = (self.numel * min_density).ceil().clamp(min=1.0)
+        sizes = block_sizes(self.pruned_weights, pattern)
+        self.groups = GroupScale(sizes) if max(sizes) > 1 else None
+        blocks = torch.tensor(sizes, dtype=torch.float64)
+        self.floors = (self.numel * min_density / blocks).ceil().clamp(min=1.0) * blocks
         check_floors(self.budgets, self.floors, self.costs.names)
 
         world_size = dist.get_world_size(process_group) if dist.is_initialized() else 1
         places = {id(p): (one._parameters, name) for one in self.model.modules() for name, p in one._parameters.items()}
-        self.layers = [LayerWeights(info, world_size, places.get(id(info.parameter))) for info in self.pruned_weights]
+        self.layers = [
+            LayerWeights(info, world_size, places.get(id(info.parameter)), size)
+            for info, size in zip(self.pruned_weights, sizes)
+        ]
         self.device = self.layers[0].dense.device
         self.reducer = RankReducer(self.layers, process_group, self.device)
         for layer in self.layers:
@@ -164,11 +175,13 @@ class Pruner:
     def _build_controller(self, home: torch.device) -> Controller:
         """The controller, with its numbers [L] at `home`."""
         numel, floors = self.numel.to(home), self.floors.to(home)
-        model = DensityModel(numel, corrected=self.control.density == "measured")
+        groups = self.groups
+        near = None if groups is None else (lambda r: groups.of_weights(NEARBY * groups.of_groups(r)))
+        model = DensityModel(numel, corrected=self.control.density == "measured", nearby_at=near)
         shapes = tuple(tuple(info.parameter.shape) for info in self.pruned_weights)
         budgets = tuple(budget.to(home) for budget in self.budgets)
         unread = isinstance(getattr(self, "passes", None), DevicePasses)
-        return self.control.controller(Problem(budgets, self.ramp, model, shapes, floors / numel, unread))
+        return self.control.controller(Problem(budgets, self.ramp, model, shapes, floors / numel, unread, groups))
 
     # The optimizer's step.
 
@@ -280,8 +293,9 @@ class Pruner:
         return torch.tensor(lr, dtype=torch.float64), torch.tensor(base, dtype=torch.float64)
 
     def _weight_thresholds(self) -> Tensor:
-        """b of each layer, in weight units."""
-        return weight_threshold(self.thresholds, self.sigmas)
+        """b of each layer, in weight units: what |w|, or the norm of a block, is compared with."""
+        r = self.thresholds if self.groups is None else self.groups.of_groups(self.thresholds.clamp(0.0, MAX_THRESHOLD))
+        return weight_threshold(r, self.sigmas)
 
     def _write_pruned(self, indices: Sequence[int], means: Tensor | None = None) -> None:
         """Write the pruned weights of some layers; subtract the means [L] from the dense ones first, if they are centered."""
@@ -559,6 +573,20 @@ class Pruner:
         """Detach from the optimizer; the model stays as it is."""
         for hooks in self._hooks:
             hooks.remove()
+
+
+def block_sizes(weights: Sequence[WeightInfo], pattern: Pattern) -> list[int]:
+    """Output channels that share a mask in each layer; a warning names the layers that the pattern does not fit."""
+    meant = [pattern.block if pattern.means(info.name) else 1 for info in weights]
+    fits = [info.parameter.shape[0] % size == 0 for info, size in zip(weights, meant)]
+    left = [info.name for info, fit in zip(weights, fits) if not fit]
+    if left:
+        warnings.warn(
+            f"pattern.block = {pattern.block} does not divide the output channels of {', '.join(left)}: each weight has a mask "
+            "of its own there",
+            stacklevel=3,
+        )
+    return [size if fit else 1 for size, fit in zip(meant, fits)]
 
 
 def _check_options(control: Control, operator: Operator, ramp: Ramp, *, min_density: float, gradient_scale: float) -> None:

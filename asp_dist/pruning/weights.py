@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from asp_dist.pruning.layers import WeightInfo
 from asp_dist.pruning.options import Operator
+from asp_dist.pruning.patterns import grouped, norms
 
 # A layer's weights go through several operations in pieces: on the CPU a piece stays in the cache between them, and anywhere
 # the temporary tensors are small compared to a network. From 1 MiB, malloc would request each from the system anew.
@@ -40,6 +41,23 @@ def write_pruned(operator: Operator, dense: Tensor, mean: float, threshold: floa
         pruned = torch.empty_like(whole)
         operator.prune(whole, threshold, pruned)
         target.copy_(pruned)
+
+
+def write_pruned_blocks(operator: Operator, layer: LayerWeights, mean: float, threshold: float) -> None:
+    """As `write_pruned`, of a layer whose blocks share a mask: each block is scaled as the operator changes its norm."""
+    if mean != 0.0:
+        layer.dense.copy_(layer.dense.float().sub_(mean) if _is_half(layer.dense) else layer.dense.sub(mean))
+    sizes = layer.magnitudes()
+    shrunk = torch.empty_like(sizes)
+    operator.prune(sizes, threshold, shrunk)
+    scale = layer.spread(torch.where(sizes > threshold, shrunk / sizes, 0.0))
+    layer.flat_pruned().copy_(layer.flat_dense() * scale)
+
+
+def pruned_dot_of_blocks(gradient: Tensor, layer: LayerWeights, threshold: float) -> Tensor:
+    """Σ over the weights of pruned blocks of gradient·dense, as a scalar tensor."""
+    removed = layer.spread(layer.magnitudes() <= threshold)
+    return _dot(gradient, layer.flat_dense() * removed)
 
 
 def _is_half(tensor: Tensor) -> bool:
@@ -152,9 +170,10 @@ class LayerWeights:
         info: the weight in the model.
         world_size: number of ranks.
         place: the module's dictionary that has the parameter, and its name there; None: it is not watched.
+        block: output channels that share a mask; 1: every weight has its own.
 
     Raises:
-        ValueError: the parameter is sharded along another dimension than the first.
+        ValueError: the parameter is sharded along another dimension than the first, or blocks are cut by the shards.
 
     Attributes:
         info: the weight in the model.
@@ -166,9 +185,13 @@ class LayerWeights:
     """
 
     def __init__(
-        self, info: WeightInfo, world_size: int, place: tuple[dict[str, nn.Parameter | None], str] | None = None
+        self,
+        info: WeightInfo,
+        world_size: int,
+        place: tuple[dict[str, nn.Parameter | None], str] | None = None,
+        block: int = 1,
     ) -> None:
-        self.info, self.place = info, place
+        self.info, self.place, self.block = info, place, block
         parameter = info.parameter
         self.sharded = isinstance(parameter, DTensor)
         self.pruned = local(parameter.data)
@@ -182,6 +205,12 @@ class LayerWeights:
                         raise ValueError(f"layer {info.name!r}: only sharding along dimension 0 is supported")
                     self.shard_group = parameter.device_mesh.get_group(mesh_dim)
                     shards = parameter.device_mesh.size(mesh_dim)
+        rows = -(-info.parameter.shape[0] // shards)
+        if shards > 1 and rows % block:
+            raise ValueError(
+                f"layer {info.name!r}: {shards} shards of {rows} output channels cut blocks of {block}: choose another block, "
+                "or exclude the layer in pattern.exclude"
+            )
         self.replication = world_size / shards
         self.shards = shards
         self.shard = 0 if self.shard_group is None else dist.get_rank(self.shard_group)
@@ -194,6 +223,22 @@ class LayerWeights:
     def flat_dense(self) -> Tensor:
         """The dense weights of this rank, one-dimensional, sharing memory."""
         return flat(self.dense)
+
+    def magnitudes(self) -> Tensor:
+        """What is compared with the threshold, flat: |w| of every weight, or the norm of every block; float32 at least."""
+        if self.block == 1:
+            weights = self.flat_dense()
+            return weights.abs().to(torch.float64 if weights.dtype == torch.float64 else torch.float32)
+        return norms(self.dense, self.block).flatten()
+
+    def spread(self, of_blocks: Tensor) -> Tensor:
+        """A flat tensor of one number per block as one per weight, in the order of `flat_dense`."""
+        if self.block == 1:
+            return of_blocks
+        whole = torch.empty_like(self.dense, dtype=of_blocks.dtype)
+        view = grouped(whole, self.block)
+        view.copy_(of_blocks.view(view.shape[0], 1, *view.shape[2:]).expand_as(view))
+        return flat(whole)
 
     def flat_pruned(self) -> Tensor:
         """The pruned weights of this rank, one-dimensional, sharing memory."""

@@ -303,6 +303,7 @@ def build_pruner(
             control=pruning.build_control(),
             ramp=dataclasses.replace(pruning.ramp, total_steps=total_steps),
             select=pruning.select,
+            pattern=pruning.pattern,
             operator=pruning.build_operator(),
             min_density=pruning.min_density,
             center=pruning.center,

@@ -61,6 +61,11 @@ UNUSED = (
         "it is RandAugment's and AugMix's, and data.augment.policy is another",
     ),
     Unused(
+        ("pruning.pattern.include", "pruning.pattern.exclude"),
+        lambda config, workers: config.pruning.pattern.block == 1,
+        "pruning.pattern.block = 1",
+    ),
+    Unused(
         ("data.augment.erase_mode", "data.augment.erase_count"),
         lambda config, workers: config.data.augment.erase == 0,
         "data.augment.erase is off",

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from device_form import on_the_device
-from pruning_helpers import CASES, Recorded, published_sgd, small_batch
+from pruning_helpers import CASES, Recorded, parity_network, published_sgd, small_batch
 from ranks import on_ranks
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from asp_dist.pruning import Budget, Power, Pruner, Ramp, Select, SparsityLoss, Track
+from asp_dist.pruning import Budget, Pattern, Power, Pruner, Ramp, Select, SparsityLoss, Track
 
 pytestmark = pytest.mark.slow
 
@@ -44,6 +44,20 @@ RUNS: dict[str, dict[str, Any]] = {
         "ramp": RAMP,
         "input_shape": (3, 6, 6),
     },
+    "blocks": {
+        "budget": [Budget.parameters(density=0.1), Budget.macs(density=0.2, bound="at_most")],
+        "control": Track(),
+        "operator": Power(),
+        "pattern": Pattern(4, exclude=("14",)),
+        "ramp": RAMP,
+        "input_shape": (3, 6, 6),
+    },
+    "blocks by the loss": {
+        "budget": Budget.parameters(density=0.1),
+        "control": SparsityLoss(density="measured", multiplier=True),
+        "pattern": Pattern(2, exclude=("6", "14")),
+        "ramp": RAMP,
+    },
     "ties": {
         "budget": Budget.parameters(density=0.3),
         "control": SparsityLoss(initial_threshold=0.5, threshold_lr=0.0),
@@ -68,6 +82,9 @@ def network_of(run: str) -> nn.Sequential:
     run = run.removeprefix(ON_DEVICE)
     if run.startswith("recorded/"):
         return Recorded().network(norms=False)
+    if run.startswith("blocks"):
+        torch.manual_seed(3)
+        return parity_network(norms=False)
     network = odd_network()
     if run == "ties":
         with torch.no_grad():
@@ -191,7 +208,7 @@ def test_two_processes_equal_one(wrapper: str, alone: dict[str, Any]) -> None:
         counted = sum(int((found["weights"][f"{layer}.weight"] != 0).sum()) for layer in found["pruner"]["dense"])
         assert found["summary"]["frozen"] is True
         assert found["summary"]["nonzero_weights"] == counted
-        if name.removeprefix(ON_DEVICE) not in ("power", "recorded/asl_per_layer"):
+        if name.removeprefix(ON_DEVICE) not in ("power", "blocks", "recorded/asl_per_layer"):
             density = RUNS[name]["budget"].density
             assert counted == int(density * found["summary"]["prunable_weights"] + 0.5)
 
@@ -412,3 +429,17 @@ def test_a_sharded_state_loads_in_one_process_and_back() -> None:
         expected.append(fresh.result())
     for continued in on_two_ranks(continue_half, back):
         assert_same(expected, continued)
+
+
+def cut_blocks(rank: int) -> str:
+    network = shard(parity_network(norms=False))
+    try:
+        Pruner(network, published_sgd(network), Budget.parameters(density=0.1), pattern=Pattern(2))
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
+def test_blocks_that_shards_would_cut_are_refused() -> None:
+    for message in on_two_ranks(cut_blocks):
+        assert message.startswith("layer '14': 2 shards of 5 output channels cut blocks of 2: choose another block, or exclude")

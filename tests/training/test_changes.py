@@ -17,7 +17,7 @@ from asp_dist.checkpoint.record import run_dir
 from asp_dist.config import FREE_ON_RESUME, BudgetConfig, Config, flatten, is_among, to_dict
 from asp_dist.data import prepare_digits
 from asp_dist.errors import UserError
-from asp_dist.pruning import Budget, Ramp
+from asp_dist.pruning import Budget, Pattern, Ramp
 from asp_dist.tracking import read_rows
 from asp_dist.training.hooks import Hooks, Stopped
 from asp_dist.training.preflight import preflight
@@ -33,6 +33,7 @@ BASES: dict[str, dict[str, Any]] = {
     "frozen": {"pruning__control": "track", "pruning__ramp": RAMP},  # its checkpoint has 10 steps
     "centered": {"pruning__control": "track", "pruning__ramp": RAMP, "pruning__center": False},
     "power": {"pruning__control": "track", "pruning__ramp": RAMP, "pruning__operator": "power"},
+    "blocks": {"pruning__control": "track", "pruning__ramp": RAMP, "pruning__pattern": Pattern(4)},
     "loss": {"pruning__ramp": RAMP},
     "dense": {"pruning__enabled": False, "pruning__ramp": Ramp(start=0.5, end=0.6, shape="linear")},
     "adamw": {"pruning__enabled": False, "optimizer__name": "adamw", "optimizer__lr": 0.002},
@@ -184,6 +185,10 @@ TABLE: list[tuple[str, Any, str, str]] = [  # field, value, base, effect or the 
     ("pruning.select.exclude", ("layer1*",), "track", "other layers"),
     ("pruning.select.first", False, "track", "other layers"),
     ("pruning.select.last", False, "track", "other layers"),
+    ("pruning.pattern.block", 4, "track", EFFECT),
+    ("pruning.pattern.include", ("layer1*",), "blocks", EFFECT),
+    ("pruning.pattern.exclude", ("layer1*",), "blocks", EFFECT),
+    ("pruning.pattern.include", ("layer1*",), "track", "pruning.pattern.block = 1"),
     ("pruning.operator", "soft", "track", EFFECT),
     ("pruning.operator", "soft", "frozen", "its mask is frozen"),
     ("pruning.power.p", 2.0, "power", EFFECT),

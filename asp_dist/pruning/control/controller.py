@@ -14,6 +14,7 @@ from asp_dist.pruning.budget import ResolvedBudget
 from asp_dist.pruning.density import DensityModel, LayerCounts, weight_threshold
 from asp_dist.pruning.options import Ramp
 from asp_dist.pruning.passes import LayerSums
+from asp_dist.pruning.patterns import GroupScale
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Problem:
         floors: float64 [L], the smallest density of each layer.
         unread: the tensors are on a device that nothing is read from while it trains: no decision of Python may depend on
             their values.
+        groups: what thresholds mean for weights that share a mask; None: no weights do.
     """
 
     budgets: tuple[ResolvedBudget, ...]
@@ -57,6 +59,7 @@ class Problem:
     shapes: tuple[Sequence[int], ...]
     floors: Tensor
     unread: bool = False
+    groups: GroupScale | None = None
 
     def targets(self, step: int) -> list[Tensor]:
         """Target density of each budget at optimizer step `step`: one number for a network, [L] for layers."""
@@ -179,6 +182,8 @@ def observe(controller: Controller, sums: LayerSums, thresholds: Tensor, sigmas:
         return
     bounded = sigmas.clamp_min(1e-30)
     largest = torch.nan_to_num(sums.largest / bounded, nan=torch.inf)
+    if controller.problem.groups is not None:
+        largest = controller.problem.groups.of_weights(largest)
     scaled = weight_threshold(thresholds, sigmas) / bounded
     model.observe(scaled, LayerCounts(sums.kept, sums.nearby, largest), fresh)
 

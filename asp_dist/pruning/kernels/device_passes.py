@@ -164,7 +164,7 @@ def fits(layers: Sequence[LayerWeights], operator: Operator) -> bool:
     """Whether kernels exist for these layers and this operator."""
     kinds = {layer.dense.dtype for layer in layers}
     known = kinds <= set(KINDS) or not ops.runs_kernels(layers[0].dense.device)
-    return known and type(operator) in ops.OPERATORS
+    return known and type(operator) in ops.OPERATORS and all(layer.block == 1 for layer in layers)
 
 
 @cache
