@@ -40,6 +40,7 @@ def methods(sparsity: float) -> dict[str, dict[str, Any]]:
         "published loss, started at the target": {"pruning": published},
         "gradual magnitude pruning": {"pruning": {**track, "gradient_scale": 0.0}},
         "Feather's form": {"pruning": {**track, "operator": "power"}},
+        "Feather's form, blocks of 4": {"pruning": {**track, "operator": "power", "pattern": {"block": 4}}},
         "track, learned allocation": {"pruning": {**track, "operator": "power", "track": {"rate": 0.003}}},
         "track, two budgets": {"pruning": {**track, "operator": "power"}, "budget": {"also": [limit]}},
         "track, two budgets, learned allocation": {
