@@ -84,8 +84,10 @@ def unpack_bits(bitmap: Tensor, count: int) -> Tensor:
     return (bitmap[:, None] & powers).ne(0).view(-1)[:count]
 
 
-def save_sparse(tensors: Mapping[str, Tensor], pruned: Iterable[str], path: Path) -> None:
-    """Write `tensors` to `path`, those named in `pruned` as bitmap and values.
+def save_sparse(
+    tensors: Mapping[str, Tensor], pruned: Iterable[str], path: Path, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write `tensors` to `path`, those named in `pruned` as bitmap and values, with further `metadata`.
 
     Raises:
         KeyError: `pruned` names a tensor that is not there.
@@ -97,7 +99,7 @@ def save_sparse(tensors: Mapping[str, Tensor], pruned: Iterable[str], path: Path
         shapes[name] = list(tensors[name].shape)
         mask = values != 0
         stored[f"{name}.bitmap"], stored[f"{name}.values"] = pack_bits(mask), values[mask]
-    save_safetensors(path, stored, {"format": "pt", "sparse_shapes": json.dumps(shapes)})
+    save_safetensors(path, stored, {**(metadata or {}), "format": "pt", "sparse_shapes": json.dumps(shapes)})
 
 
 def load_sparse(path: Path) -> dict[str, Tensor]:

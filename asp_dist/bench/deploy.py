@@ -21,12 +21,12 @@ from torch import nn
 
 from asp_dist.checkpoint.record import load_config
 from asp_dist.errors import UserError, check
-from asp_dist.export.export_run import count_classes, input_shape
+from asp_dist.export.export_run import input_shape
 from asp_dist.export.mnn_file import convert_to_mnn
 from asp_dist.export.onnx_file import export_onnx
 from asp_dist.export.runtimes import MNN_RUNTIME, ONNX_RUNTIME, OPENVINO, Array, Logits
 from asp_dist.files import write_text
-from asp_dist.runs.evaluate_run import load_model, model_file, prunable_weights
+from asp_dist.runs.finished import count_classes, load_model, model_file, prunable_weights
 from asp_dist.tracking.schema import DEPLOY_FILE
 
 WARM = 3  # calls of each before the clock counts

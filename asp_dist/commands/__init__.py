@@ -81,13 +81,17 @@ COMMANDS: dict[str, Command] = {
     ),
     "recipes": Command("List the recipes.", recipes.add_arguments, recipes.run, examples=(("recipes", "each with one line"),)),
     "evaluate": Command(
-        "Re-evaluate a run's saved model.",
+        "Evaluate a run, a checkpoint, a weights file or a network of timm's, on any data set.",
         evaluate.add_arguments,
         evaluate.run,
-        examples=((f"evaluate {RUN}", "on the data set that it was trained with"),),
+        examples=(
+            (f"evaluate {RUN}", "on the data set that it was trained with"),
+            (f"evaluate {RUN} --average", "the average of its weights, out of its last checkpoint"),
+            ("evaluate resnet50.tv_in1k --data.root data/imagenet", "timm's own weights; classes are matched by name"),
+        ),
     ),
     "export": Command(
-        "Write a run's model as a sparse file or ONNX.",
+        "Write a run's model for other runtimes, and compare it with torch there.",
         export.add_arguments,
         export.run,
         examples=((f"export {RUN} --format sparse", "bitmaps and values"), (f"export {RUN} --format onnx", "for runtimes")),

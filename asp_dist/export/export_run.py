@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.data import resolve_model_data_config
 from torch import nn
@@ -22,8 +21,7 @@ from asp_dist.export.agreement import Agreement, compare_with_torch
 from asp_dist.export.mnn_file import Weights, convert_to_mnn
 from asp_dist.export.onnx_file import export_onnx, make_sparse
 from asp_dist.export.runtimes import MNN_RUNTIME, ONNX_RUNTIME, Runtime
-from asp_dist.runs.evaluate_run import load_model, model_file, prunable_weights
-from asp_dist.tracking.schema import SUMMARY_FILE
+from asp_dist.runs.finished import count_classes, load_model, metadata_of, model_file, prunable_weights
 from asp_dist.weight_files import save_sparse
 
 Format = Literal["sparse", "onnx", "onnx-sparse", "mnn"]
@@ -116,7 +114,7 @@ def _export_sparse(run_dir: Path, file: Path, target: Path, stored: torch.dtype)
     values = {name: weight.to(stored) for name, weight in pruned.items()}
     for name, weight in values.items():
         check(bool(weight.isfinite().all()), f"{name} has weights too large for {str(stored).removeprefix('torch.')}")
-    save_sparse({**tensors, **values}, pruned, target)
+    save_sparse({**tensors, **values}, pruned, target, metadata_of(file))
     return Exported(target, _size(target), dense_size)
 
 
@@ -131,26 +129,3 @@ def input_shape(config: Config, model: nn.Module) -> tuple[int, int, int]:
     channels, height, width = resolve_model_data_config(model)["input_size"]
     side = config.data.input_size
     return channels, side or height, side or width
-
-
-def count_classes(run_dir: Path, file: Path) -> int:
-    """The number of classes of a finished run, from ``summary.json`` or else from the metadata of its model `file`.
-
-    Raises:
-        UserError: neither says.
-    """
-    try:
-        return int(json.loads((run_dir / SUMMARY_FILE).read_text())["num_classes"])
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # a run from before the summary had it
-    try:
-        with safe_open(file, framework="pt") as model:
-            metadata = model.metadata() or {}
-        return len(json.loads(metadata["classes"]))
-    except SafetensorError as error:
-        raise UserError(f"{file} cannot be read ({error}): the file is damaged") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"neither {run_dir / SUMMARY_FILE} nor the metadata of {file} has the number of classes: add "
-            '"num_classes": N to the former'
-        ) from error

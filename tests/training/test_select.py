@@ -123,7 +123,7 @@ def test_images_held_out_choose_and_the_validation_split_is_read_once(
     assert looked == [held, held, whole.num_val]
     assert summary["selected"]["on"] == "held-out training images"
     assert summary["val_samples"] == whole.num_val
-    again = evaluate_run(tmp_path / "run")
+    again = evaluate_run(tmp_path / "run", World())
     assert (again["top1"], again["samples"]) == (summary["top1"], whole.num_val)
 
 
