@@ -90,6 +90,12 @@ COMMANDS: dict[str, Command] = {
             ("evaluate resnet50.tv_in1k --data.root data/imagenet", "timm's own weights; classes are matched by name"),
         ),
     ),
+    "push": Command(
+        "Write a run as a repository of the Hugging Face hub, and send it there.",
+        export.add_push_arguments,
+        export.push,
+        examples=((f"push {RUN} --repo USER/NAME --dry-run", "writes the folder only"),),
+    ),
     "export": Command(
         "Write a run's model for other runtimes, and compare it with torch there.",
         export.add_arguments,

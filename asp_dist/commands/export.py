@@ -1,4 +1,4 @@
-"""``asp-dist export``: a run's model for other programs."""
+"""``asp-dist export`` and ``push``: a run's model for other programs, and for other people."""
 
 from __future__ import annotations
 
@@ -32,6 +32,32 @@ def run(
     from asp_dist.export.export_run import export_run
 
     print_exported(export_run(Path(run_dir), format, Path(output) if output else None, weights=weights, images=images))
+    return 0
+
+
+def add_push_arguments(parser: ArgumentParser) -> None:
+    """Options of ``push``."""
+    parser.add_argument("run_dir", type=str, help="folder of a finished run, such as runs/quickstart.")
+    parser.add_argument("--repo", type=str, required=True, metavar="USER/NAME", help="the repository; made if it is not there.")
+    parser.add_argument("--private", action="store_true", help="make it a private one.")
+    parser.add_argument("--dry-run", action="store_true", help="write the folder, and send nothing.")
+    parser.add_argument("--output", type=str | None, default=None, help="the folder; default: hub/ in the run's folder.")
+
+
+def push(run_dir: str, *, repo: str, private: bool = False, dry_run: bool = False, output: str | None = None) -> int:
+    """Write a run as a repository of the Hugging Face hub, and send it there."""
+    import shutil
+
+    from asp_dist.export import hub
+
+    folder = Path(output) if output else Path(run_dir) / "hub"
+    if output is None and folder.exists():
+        shutil.rmtree(folder)  # an earlier one of this command's own
+    files = hub.write_repository(Path(run_dir), folder, repo)
+    for file in files:
+        print(f"{file}  ({file.stat().st_size:,} bytes)")
+    if not dry_run:
+        print(hub.push(folder, repo, private=private))
     return 0
 
 
