@@ -78,9 +78,9 @@ def bench_deploy(
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        sizes = [_at_size(pruned, dense, (native[0], side, side), threads, batch_size, rounds) for side in input_sizes] or [
-            _at_size(pruned, dense, native, threads, batch_size, rounds)
-        ]
+        shapes = [(native[0], side, side) for side in input_sizes] or [native]
+        block = config.pruning.pattern.block
+        sizes = [_at_size(pruned, dense, shape, threads, batch_size, rounds, block) for shape in shapes]
     finally:
         torch.set_num_threads(before)
     result = {
@@ -123,13 +123,13 @@ def machine() -> str:
 
 
 def _at_size(
-    pruned: nn.Module, dense: nn.Module, shape: tuple[int, int, int], threads: int, batch_size: int, rounds: int
+    pruned: nn.Module, dense: nn.Module, shape: tuple[int, int, int], threads: int, batch_size: int, rounds: int, block: int
 ) -> dict[str, Any]:
     """All candidates at one size of image, timed in turn."""
     images = np.random.default_rng(0).standard_normal((batch_size, *shape), dtype=np.float32)
     left_out: list[str] = []
     with tempfile.TemporaryDirectory(prefix="asp_dist_deploy") as folder:
-        candidates = list(_candidates({False: pruned, True: dense}, shape, threads, Path(folder), left_out, images))
+        candidates = list(_candidates({False: pruned, True: dense}, shape, threads, Path(folder), left_out, images, block))
         for number in range(WARM + rounds):
             for candidate in candidates:
                 start = time.perf_counter()
@@ -172,6 +172,7 @@ def _candidates(
     folder: Path,
     left_out: list[str],
     images: Array,
+    block: int,
 ) -> Iterator[Candidate]:
     """Each network in each runtime; what cannot run goes to `left_out`, with the reason."""
     for dense, model in networks.items():
@@ -193,7 +194,7 @@ def _candidates(
                 file = graph
                 if runtime is MNN_RUNTIME:
                     file = folder / f"{_kind(dense)}.mnn"
-                    convert_to_mnn(graph, file, sparse=not dense)
+                    convert_to_mnn(graph, file, sparse=not dense, block=block)
                 call = runtime.open(file, threads)
                 call(images)
                 yield Candidate(f"{runtime.name} {runtime.version}", dense, call, file.stat().st_size, [])

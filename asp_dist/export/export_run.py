@@ -90,7 +90,7 @@ def export_run(
         if form == "onnx-sparse":
             make_sparse(graph, target)
         elif form == "mnn":
-            convert_to_mnn(graph, target, weights)
+            convert_to_mnn(graph, target, weights, block=config.pruning.pattern.block)
             convert_to_mnn(graph, Path(folder) / "dense.mnn", sparse=False)
             dense_size = _size(Path(folder) / "dense.mnn")
     exported = Exported(target, _size(target), dense_size)

@@ -26,9 +26,10 @@ from asp_dist.data import prepare_digits
 from asp_dist.errors import UserError
 from asp_dist.export import onnx_file
 from asp_dist.export.export_run import FILES, Format, export_run
-from asp_dist.export.mnn_file import CALL, convert_to_mnn
+from asp_dist.export.mnn_file import CALL, block_parameters, convert_to_mnn
 from asp_dist.export.onnx_file import export_onnx, make_sparse
-from asp_dist.export.runtimes import ONNX_RUNTIME, OPENVINO, RUNTIMES, Runtime
+from asp_dist.export.runtimes import MNN_RUNTIME, ONNX_RUNTIME, OPENVINO, RUNTIMES, Runtime
+from asp_dist.pruning import Budget, Pattern, Pruner
 from asp_dist.report import write_report
 from asp_dist.report.comparison import read_summary
 from asp_dist.training.trainer import train
@@ -107,6 +108,28 @@ def test_top1_in_the_runtime_is_torchs_to_the_image(trained: Path, tmp_path: Pat
     assert exported.size <= most * exported.dense_size  # a network this small is a third graph and batch norm
     few = export_run(trained, form, tmp_path / "again", images=11).agreement
     assert few is not None and few.images == 11
+
+
+def test_mnn_is_told_of_blocks(tmp_path: Path) -> None:
+    """With them its file has the blocks' masks, for kernels of their own; the outputs are the same."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    pruner = Pruner(model, torch.optim.SGD(model.parameters()), Budget.parameters(sparsity=0.9), pattern=Pattern(4))
+    pruner.finalize()
+    export_onnx(model, (3, 8, 8), tmp_path / "model.onnx")
+    files = {block: tmp_path / f"{block}.mnn" for block in (1, 4, 8)}
+    images = np.random.default_rng(0).standard_normal((3, 3, 8, 8), dtype=np.float32)
+    with torch.no_grad():
+        logits = model(torch.from_numpy(images)).numpy()
+    for block, file in files.items():
+        convert_to_mnn(tmp_path / "model.onnx", file, block=block)
+        assert np.abs(MNN_RUNTIME.open(file, 1)(images) - logits).max() < 1e-5
+        dump = tmp_path / f"{block}.json"
+        command = [sys.executable, "-c", CALL, "-f", "MNN", "--modelFile", str(file), "--JsonFile", str(dump)]
+        subprocess.run(command, capture_output=True, check=True)
+        assert ('"SIMD_OC"' in dump.read_text()) == (block > 1) and ('"RANDOM"' in dump.read_text()) == (block == 1)
+    # As google.protobuf would write Pipeline(version="0.0.0", algo=[{PRUNE, {SIMD_OC, {oc_blocks: [4]}}}]).
+    assert block_parameters(4) == b"\x0a\x050.0.0\x12\x0a\x08\x01\x1a\x06\x08\x01\x1a\x02\x20\x04"
 
 
 def test_types_of_weights(trained: Path, tmp_path: Path) -> None:
