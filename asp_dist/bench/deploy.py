@@ -28,6 +28,7 @@ from asp_dist.export.runtimes import MNN_RUNTIME, ONNX_RUNTIME, OPENVINO, Array,
 from asp_dist.files import write_text
 from asp_dist.runs.finished import count_classes, load_model, model_file, prunable_weights
 from asp_dist.tracking.schema import DEPLOY_FILE
+from asp_dist.training.validation import count_zeros
 
 WARM = 3  # calls of each before the clock counts
 GAIN = 1.05  # a smaller ratio is no gain: medians of one machine differ by as much from run to run
@@ -69,12 +70,10 @@ def bench_deploy(
     check(all(side >= 1 for side in input_sizes), f"--input-size {input_sizes} must be positive")
     config, file = load_config(run_dir), model_file(run_dir)
     pruned = load_model(config, file, count_classes(run_dir, file)).eval()
-    names = list(prunable_weights(run_dir, dict(pruned.state_dict())))
-    dense = dense_twin(pruned, names)
+    weights = prunable_weights(run_dir, dict(pruned.state_dict()))
+    dense = dense_twin(pruned, list(weights))
     native = input_shape(config, pruned)
-    weights = [pruned.state_dict()[name] for name in names]
-    total = sum(weight.numel() for weight in weights)
-    zeros = total - sum(int(torch.count_nonzero(weight)) for weight in weights)
+    nonzero, total = count_zeros(weights)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -85,7 +84,7 @@ def bench_deploy(
         torch.set_num_threads(before)
     result = {
         "model": config.model.name,
-        "sparsity": zeros / total if total else 0.0,
+        "sparsity": 1.0 - nonzero / total if total else 0.0,
         "machine": machine(),
         "threads": threads,
         "batch_size": batch_size,
@@ -139,7 +138,7 @@ def _at_size(
     rows = [
         {
             "runtime": one.runtime,
-            "network": "dense" if one.dense else "pruned",
+            "network": _kind(one.dense),
             "median": statistics.median(one.times),
             "fastest": min(one.times),
             "slowest": max(one.times),

@@ -32,6 +32,12 @@ def _check_fraction(field: str, value: float | None) -> None:
         raise ValueError(f"{field} = {value} is outside [0, 1]: give a fraction, such as 0.9 for 90 %")
 
 
+def _as_globs(field: str, globs: Any) -> tuple[str, ...]:
+    if isinstance(globs, str):
+        raise ValueError(f"{field} = {globs!r} must be a sequence of globs, not one string")
+    return tuple(globs)
+
+
 @dataclass(frozen=True)
 class Budget:
     """What may remain of a network. Usually made by `Budget.parameters`, `Budget.macs` or `Budget.bytes`.
@@ -180,10 +186,7 @@ class Select:
         if self.min_weights < 0:
             raise ValueError(f"min_weights = {self.min_weights} must not be negative")
         for field in ("include", "exclude"):
-            globs = getattr(self, field)
-            if isinstance(globs, str):
-                raise ValueError(f"{field} = {globs!r} must be a sequence of globs, not one string")
-            object.__setattr__(self, field, tuple(globs))
+            object.__setattr__(self, field, _as_globs(field, getattr(self, field)))
 
 
 @dataclass(frozen=True)
@@ -206,10 +209,7 @@ class Pattern:
         if self.block < 1:
             raise ValueError(f"block = {self.block} must be at least 1")
         for field in ("include", "exclude"):
-            globs = getattr(self, field)
-            if isinstance(globs, str):
-                raise ValueError(f"{field} = {globs!r} must be a sequence of globs, not one string")
-            object.__setattr__(self, field, tuple(globs))
+            object.__setattr__(self, field, _as_globs(field, getattr(self, field)))
 
     def means(self, name: str) -> bool:
         """Whether the layer of that name is one of those that are meant."""

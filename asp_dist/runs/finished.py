@@ -54,8 +54,12 @@ def prunable_weights(run_dir: Path, weights: dict[str, torch.Tensor]) -> dict[st
     except (OSError, ValueError):
         return {name: weight for name, weight in weights.items() if weight.dim() > 1}
     rows = rows["layers"] if isinstance(rows, dict) else rows
-    pruned = {row["name"] for row in rows if row["pruned"]}
-    return {n: w for n, w in weights.items() if n in pruned or n.removesuffix(".weight") in pruned}
+    return weights_of(weights, {row["name"] for row in rows if row["pruned"]})
+
+
+def weights_of(weights: dict[str, torch.Tensor], layers: set[str]) -> dict[str, torch.Tensor]:
+    """Those of `weights` that belong to the `layers` of these names."""
+    return {name: weight for name, weight in weights.items() if name in layers or name.removesuffix(".weight") in layers}
 
 
 def metadata_of(file: Path) -> dict[str, str]:

@@ -21,7 +21,7 @@ from asp_dist.config import Config, DataConfig, ModelConfig
 from asp_dist.errors import UserError, check
 from asp_dist.models import check_model_name
 from asp_dist.pretrained import read_weights
-from asp_dist.runs.finished import count_classes, load_model, metadata_of, model_file, prunable_weights
+from asp_dist.runs.finished import count_classes, load_model, metadata_of, model_file, prunable_weights, weights_of
 from asp_dist.tracking.schema import CONFIG_FILE, MODEL_FILE
 from asp_dist.weight_files import save_safetensors
 
@@ -64,7 +64,8 @@ def find_subject(given: str, model_name: str | None, folder: Path, *, average: b
         return _checkpoint(path, folder, average=average)
     if path.is_dir():
         if not average:
-            return _file_of_run(path, model_file_of(path), load_config(path))
+            config = load_config(path)  # first: a folder without a run is told from a run that is not finished
+            return _file_of_run(path, model_file(path), config)
         names = LocalStore(path / "checkpoints").names()
         check(bool(names), f"{path} has no checkpoint, which would have the average of the weights")
         return _checkpoint(path / "checkpoints" / names[-1], folder, average=True)
@@ -74,12 +75,6 @@ def find_subject(given: str, model_name: str | None, folder: Path, *, average: b
     if "/" in given or given.endswith((".safetensors", ".pth", ".pt")):
         raise UserError(f"{given} is not there: give a run's folder, a checkpoint's, a weights file, or a name of timm's")
     return _of_timm(given)
-
-
-def model_file_of(run_dir: Path) -> Path:
-    """The file of a finished run's model; a folder that has no run is told from a run that is not finished."""
-    load_config(run_dir)
-    return model_file(run_dir)
 
 
 def _file_of_run(run_dir: Path, file: Path, config: Config) -> Subject:
@@ -96,8 +91,7 @@ def _checkpoint(path: Path, folder: Path, *, average: bool) -> Subject:
     weights: dict[str, Tensor] | None = state["ema"] if average else state["model"]
     if weights is None:
         raise UserError(f"{path} has no average of the weights: training.ema_decay was not set")
-    pruned = set(state["pruner"]["dense"]) if state["pruner"] else set()
-    prunable = {n: w for n, w in weights.items() if n in pruned or n.removesuffix(".weight") in pruned}
+    prunable = weights_of(weights, set(state["pruner"]["dense"]) if state["pruner"] else set())
     if average:  # as it is validated: under the mask of the weights themselves
         prunable = {name: weight.masked_fill(state["model"][name] == 0, 0.0) for name, weight in prunable.items()}
     config = load_config(run_dir)
@@ -188,6 +182,6 @@ def data_for(subject: Subject, changes: dict[str, Any], world_size: int) -> Data
     """The data set to evaluate on: that of the run, with `changes`; only its validation images are read."""
     data = dataclasses.replace(subject.config.data, **{key: value for key, value in changes.items() if value is not None})
     if changes.get("root") is not None:
-        data = dataclasses.replace(data, train=data.val, select_fraction=0.0, format=changes.get("format") or "auto")
+        data = dataclasses.replace(data, train=data.val, format=changes.get("format") or "auto")
     batch = data.eval_batch_size or min(64, data.batch_size)
     return dataclasses.replace(data, eval_batch_size=batch, batch_size=world_size, select_fraction=0.0)
